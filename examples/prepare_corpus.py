@@ -52,12 +52,17 @@ class Source:
 class HtmlText(HTMLParser):
     """Collects the readable text of a page: paragraphs separated by blank lines, `<pre>` verbatim, no navigation."""
 
-    BLOCKS = set("address blockquote dd div dl dt h1 h2 h3 h4 h5 h6 hr li ol p pre section table tr ul".split())
-    SKIPPED_TAGS = {"head", "script", "style", "svg", "button", "form", "nav"}
-    SKIPPED_NAMES = set(
-        "menu searchmenu tagline fancy_toc navheader navfooter docnav toc list-of-figures list-of-tables indexterm "
-        "banner title_image imgcontainer".split()
-    )
+    # fmt: off
+    BLOCKS = frozenset({
+        "address", "blockquote", "dd", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p",
+        "pre", "section", "table", "tr", "ul",
+    })
+    SKIPPED_TAGS = frozenset({"head", "script", "style", "svg", "button", "form", "nav"})
+    SKIPPED_NAMES = frozenset({
+        "menu", "searchmenu", "tagline", "fancy_toc", "navheader", "navfooter", "docnav", "toc", "list-of-figures",
+        "list-of-tables", "indexterm", "banner", "title_image", "imgcontainer",
+    })  # classes and ids
+    # fmt: on
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
