@@ -1,0 +1,486 @@
+"""EVA attention in PyTorch: exact inside the open window, summaries of every chunk before it.
+
+The mathematics (Zheng et al., "Efficient Attention via Control Variates", arXiv 2302.04542, in EvaByte's form). A chunk
+is `chunk_size` consecutive positions of one sequence; its summary is one key and one value, per head with two learned
+vectors mu and phi and scale = head_dim ** -0.5:
+
+    a_j = softmax_j(mu . k_j)                              K~ = sum_j a_j k_j
+    b_j = softmax_j(scale * (phi . k_j - |k_j|^2 / 2))     V~ = sum_j b_j v_j
+
+The query at position i attends, in one softmax with logits scale * q . key, to the keys j <= i of its own window
+(i // window_size == j // window_size) and to the summaries of all chunks of earlier windows.
+
+Two independent implementations live here: `naive_eva_attention` writes the formulas down over all pairs of positions
+and is the specification; `windowed_attention` walks from window to window and works on any backend's `attend`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from .eva_layout import EvaLayout, SequenceGroup
+from .eva_tree_attention import tree_attention_across_windows
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """What a cache layer lets attention read after an update.
+
+    Attributes:
+        keys, values: [B, H, S + R + N, D], one slice of the buffer: S summaries (a row with fewer has them at the end),
+            the open window's R cached tokens and, at each row's own length, its N new ones. None when the new tokens
+            reach past the open window.
+        summary_keys, summary_values: [B, H, S', D]; for a uniform call that reaches past the open window the summaries
+            of the windows it closes follow those of the cache, in order.
+        token_keys, token_values: [B, H, R + N, D], the open window's cached tokens, then the new ones. None when `keys`
+            is there.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    summary_keys: Tensor | None = None
+    summary_values: Tensor | None = None
+    token_keys: Tensor | None = None
+    token_values: Tensor | None = None
+
+
+class Attend(Protocol):
+    """Softmax attention of `query` [B, H, Q, D] over `key`, `value` [B, H, K, D]; returns [B, H, Q, D].
+
+    `mask` is None or additive (0 or -inf), in the query's dtype, broadcastable to [B, H, Q, K].
+    """
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
+    ) -> Tensor: ...
+
+
+def attend_naive(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
+) -> Tensor:
+    """Attention by explicit matrix products; with `fp32_softmax` logits and softmax are taken in float32."""
+    logits = query @ key.transpose(-1, -2)
+    if fp32_softmax:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits * scale
+    if mask is not None:
+        logits = logits + mask
+    return logits.softmax(dim=-1).to(value.dtype) @ value
+
+
+def attend_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
+) -> Tensor:
+    """Attention by PyTorch's fused kernels, which always accumulate in float32."""
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+BACKENDS: dict[str, Attend] = {"naive": attend_naive, "eager": attend_naive, "sdpa": attend_sdpa}
+
+
+def _naive_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """`attend_naive` under transformers' attention signature, so that `attn_implementation="naive"` is a known name."""
+    return attend_naive(query, key, value, attention_mask, scaling, fp32_softmax=True).transpose(1, 2), None
+
+
+AttentionInterface.register("naive", _naive_attention_forward)
+
+
+def get_backend(name: str | None) -> Attend:
+    """The attention function called `name`; None stands for "sdpa".
+
+    Raises:
+        ValueError: for a name that EVA attention has no backend for.
+    """
+    attend = BACKENDS.get(name or "sdpa")
+    if attend is None:
+        raise ValueError(
+            f"EVA attention has no backend {name!r}: choose attn_implementation among {', '.join(BACKENDS)}."
+        )
+    return attend
+
+
+def chunk_weights(
+    keys: Tensor, adaptive_mu_k: Tensor, adaptive_phi: Tensor, chunk_size: int, fp32_softmax: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Weights with which each position enters its chunk's summary key and summary value.
+
+    Args:
+        keys: [B, H, n * chunk_size, D].
+        adaptive_mu_k, adaptive_phi: any shape of H * D elements, such as the published [1, H, 1, 1, D].
+
+    Returns:
+        two tensors [B, H, n, chunk_size] that sum to one over the last dimension, in the keys' dtype.
+    """
+    heads, head_dim = keys.shape[1], keys.shape[3]
+    learned = torch.stack((adaptive_mu_k.reshape(heads, head_dim), adaptive_phi.reshape(heads, head_dim)), dim=-1)
+    precise = keys.to(torch.promote_types(keys.dtype, torch.float32)) if fp32_softmax else keys
+    dots = precise @ learned.to(precise.dtype)  # [B, H, n * chunk_size, 2]
+    half_square_norm = precise.square().sum(-1) / 2
+    key_logits = dots[..., 0]
+    value_logits = (dots[..., 1] - half_square_norm) * head_dim**-0.5
+    key_weights = key_logits.unflatten(2, (-1, chunk_size)).softmax(dim=-1)
+    value_weights = value_logits.unflatten(2, (-1, chunk_size)).softmax(dim=-1)
+    return key_weights.to(keys.dtype), value_weights.to(keys.dtype)
+
+
+def summarize_chunks(
+    keys: Tensor,
+    values: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    chunk_size: int,
+    fp32_softmax: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Summary key and value of every chunk.
+
+    Args:
+        keys, values: [B, H, n * chunk_size, D], rotated, starting at a chunk border.
+
+    Returns:
+        summary keys and summary values, each [B, H, n, D].
+    """
+    if keys.shape[2] == 0:
+        return keys, values
+    key_weights, value_weights = chunk_weights(keys, adaptive_mu_k, adaptive_phi, chunk_size, fp32_softmax)
+    chunked_keys, chunked_values = (states.unflatten(2, (-1, chunk_size)) for states in (keys, values))
+    summary_keys = (key_weights.unsqueeze(-2) @ chunked_keys).squeeze(-2)
+    summary_values = (value_weights.unsqueeze(-2) @ chunked_values).squeeze(-2)
+    return summary_keys, summary_values
+
+
+def naive_eva_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    *,
+    window_size: int,
+    chunk_size: int,
+    index: Tensor,
+    document: Tensor,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """The specification: the formulas of this module over all pairs of positions, with no regard for cost.
+
+    Args:
+        query, key, value: [B, H, N, D].
+        index: int64 [B, N], each token's position counted from the first token of its own document.
+        document: int64 [B, N], which document of its row a token belongs to; -1 for padding.
+
+    Returns:
+        [B, H, N, D]; zero at padding.
+    """
+    heads, length, head_dim = query.shape[1:]
+    scale = head_dim**-0.5
+    accumulate = torch.promote_types(query.dtype, torch.float32) if fp32_softmax else query.dtype
+    mu, phi = (learned.reshape(heads, 1, head_dim).to(key.dtype) for learned in (adaptive_mu_k, adaptive_phi))
+    index, document = index.to(query.device), document.to(query.device)
+    window, chunk = index // window_size, index // chunk_size
+    real = document >= 0
+
+    same_document = (document[:, :, None] == document[:, None, :]) & real[:, None, :]
+    same_chunk = same_document & (chunk[:, :, None] == chunk[:, None, :])  # [B, N, N]
+    own_window = same_document & (window[:, :, None] == window[:, None, :]) & (index[:, :, None] >= index[:, None, :])
+    # One summary a chunk: it stands in the column of the chunk's first position.
+    summarised = (index % chunk_size == 0) & real
+    earlier_window = same_document & (window[:, :, None] > window[:, None, :]) & summarised[:, None, :]
+
+    def softmax_in_chunk(logits: Tensor) -> Tensor:  # [B, H, N] -> [B, H, N, N], row i: the weights in i's chunk
+        logits = logits.to(accumulate)[:, :, None, :].expand(-1, -1, length, -1)
+        weights = logits.masked_fill(~same_chunk[:, None], float("-inf")).softmax(dim=-1)
+        return weights.nan_to_num(0.0).to(key.dtype)
+
+    summary_key = softmax_in_chunk((mu * key).sum(-1)) @ key
+    summary_value = softmax_in_chunk(scale * ((phi * key).sum(-1) - key.square().sum(-1) / 2)) @ value
+
+    logits = torch.cat((query @ key.transpose(-1, -2), query @ summary_key.transpose(-1, -2)), dim=-1)
+    visible = torch.cat((own_window, earlier_window), dim=-1)[:, None]
+    logits = (logits.to(accumulate) * scale).masked_fill(~visible, float("-inf"))
+    weights = logits.softmax(dim=-1).masked_fill(~real[:, None, :, None], 0.0).to(value.dtype)
+    return weights @ torch.cat((value, summary_value), dim=2)
+
+
+def windowed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summary_key: Tensor,
+    summary_value: Tensor,
+    *,
+    window_size: int,
+    chunk_size: int,
+    attend: Attend,
+    prior: int = 0,
+    prior_mask: Tensor | None = None,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """EVA attention for sequences whose first key stands at a window border.
+
+    Args:
+        query: [B, H, Q, D], belonging to the last Q positions.
+        key, value: [B, H, N, D], Q <= N.
+        summary_key, summary_value: [B, H, prior + C, D]: first the summaries of windows before the first key, then, in
+            order, those of the windows among the keys (all but the last one are needed).
+        prior_mask: None, or additive [B, 1, 1, prior], for rows that have fewer prior summaries.
+
+    Returns:
+        [B, H, Q, D].
+    """
+    length, first_query = key.shape[2], key.shape[2] - query.shape[2]
+    scale = query.shape[3] ** -0.5
+    outputs = []
+    for start in range(first_query // window_size * window_size, length, window_size):
+        stop = min(start + window_size, length)
+        first = max(start, first_query)
+        visible = prior + start // chunk_size
+        keys = torch.cat((summary_key[:, :, :visible], key[:, :, start:stop]), dim=2)
+        values = torch.cat((summary_value[:, :, :visible], value[:, :, start:stop]), dim=2)
+        mask = None
+        if stop - first > 1 or prior_mask is not None:
+            mask = _causal_mask(stop - first, visible + stop - start, query)
+            if prior_mask is not None:
+                mask = mask.expand(query.shape[0], 1, -1, -1).clone()
+                mask[..., :prior] += prior_mask
+        outputs.append(
+            attend(query[:, :, first - first_query : stop - first_query], keys, values, mask, scale, fp32_softmax)
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _causal_mask(queries: int, keys: int, like: Tensor) -> Tensor:
+    """Additive [1, 1, queries, keys] mask under which the last query sees all keys, the one before all but one, ..."""
+    mask = torch.full((queries, keys), float("-inf"), dtype=like.dtype, device=like.device)
+    return mask.triu_(keys - queries + 1)[None, None]
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: EvaLayout,
+    summarize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    attend: Attend,
+    prior: tuple[Tensor, Tensor] | None = None,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """EVA attention for rows that differ: padding, packed documents, a cache whose rows stand at different positions.
+
+    Every document is gathered so that it starts at a window border, with documents of similar length side by side;
+    `windowed_attention` runs on each group and the results are put back.
+
+    Args:
+        query: [B, H, N, D], the new tokens.
+        key, value: [B, H, R + N, D]: per row the R cached tokens of the open window (ragged, `layout` knows how many
+            are real), then the new ones.
+        prior: None, or summary keys and values [B, H, S, D] of each row's closed windows; a row that has fewer than S
+            has them at the end.
+
+    Returns:
+        [B, H, N, D]; zero at padding.
+    """
+    batch, heads, length, head_dim = query.shape
+    flat_query, flat_key, flat_value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    output = query.new_zeros(batch * length, heads, head_dim)
+
+    def gather(flat: Tensor, group_index: Tensor) -> Tensor:  # [.., H, D], [G, M] -> [G, H, M, D]
+        picked = flat.index_select(0, group_index.flatten())
+        return picked.view(*group_index.shape, heads, head_dim).transpose(1, 2)
+
+    for group in layout.groups(query.device):
+        group_key, group_value = gather(flat_key, group.keys), gather(flat_value, group.keys)
+        closed = (group_key.shape[2] - 1) // layout.window_size * layout.window_size
+        summary_key, summary_value = summarize(group_key[:, :, :closed], group_value[:, :, :closed])
+        prior_count, prior_mask = 0, None
+        if prior is not None and group.summaries is not None:
+            prior_key, prior_value, prior_mask = _prior_of_group(group, prior, query.dtype)
+            prior_count = prior_key.shape[2]
+            summary_key = torch.cat((prior_key, summary_key), dim=2)
+            summary_value = torch.cat((prior_value, summary_value), dim=2)
+        result = windowed_attention(
+            gather(flat_query, group.queries),
+            group_key,
+            group_value,
+            summary_key,
+            summary_value,
+            window_size=layout.window_size,
+            chunk_size=layout.chunk_size,
+            attend=attend,
+            prior=prior_count,
+            prior_mask=prior_mask,
+            fp32_softmax=fp32_softmax,
+        )
+        flat_result = result.transpose(1, 2).flatten(0, 1).index_select(0, group.result)
+        output = output.index_copy(0, group.destination, flat_result)
+    return output.view(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _prior_of_group(
+    group: SequenceGroup, prior: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cached summaries of a group's rows, and the mask that hides what a row with fewer of them lacks."""
+    keys, values = (states.index_select(0, group.rows) for states in prior)
+    missing = keys.shape[2] - group.summaries  # [G], how many to hide at the front of each row
+    if not bool(missing.any()):
+        return keys, values, None
+    hidden = torch.arange(keys.shape[2], device=keys.device) < missing[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, float("-inf"))
+    return keys, values, mask[:, None, None]
+
+
+def layout_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    layout: EvaLayout,
+    backend: str | None = None,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """EVA attention without a cache; query, key, value and result are [B, H, N, D]."""
+    attend = get_backend(backend)
+    if attend is attend_naive:
+        return naive_eva_attention(
+            query,
+            key,
+            value,
+            adaptive_mu_k,
+            adaptive_phi,
+            window_size=layout.window_size,
+            chunk_size=layout.chunk_size,
+            index=layout.positions(query.device).expand(layout.batch, -1),
+            document=layout.documents(),
+            fp32_softmax=fp32_softmax,
+        )
+
+    def summarize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
+
+    if not layout.uniform:
+        return grouped_attention(query, key, value, layout, summarize, attend, fp32_softmax=fp32_softmax)
+    closed = (layout.length - 1) // layout.window_size * layout.window_size
+    return windowed_attention(
+        query,
+        key,
+        value,
+        *summarize(key[:, :, :closed], value[:, :, :closed]),
+        window_size=layout.window_size,
+        chunk_size=layout.chunk_size,
+        attend=attend,
+        fp32_softmax=fp32_softmax,
+    )
+
+
+def cached_attention(
+    query: Tensor,
+    states: CachedStates,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    layout: EvaLayout,
+    backend: str | None = None,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """EVA attention of new tokens [B, H, N, D] over what the cache returned for them."""
+    attend = get_backend(backend)
+
+    def summarize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
+
+    if states.keys is not None:
+        if layout.tree is not None and layout.crosses_window():
+            return tree_attention_across_windows(query, states.keys, states.values, layout, summarize, fp32_softmax)
+        mask = layout.window_mask(query.device, query.dtype)
+        return attend(query, states.keys, states.values, mask, query.shape[3] ** -0.5, fp32_softmax)
+    prior = (states.summary_keys, states.summary_values)
+    if not layout.uniform:
+        return grouped_attention(
+            query, states.token_keys, states.token_values, layout, summarize, attend, prior, fp32_softmax
+        )
+    return windowed_attention(
+        query,
+        states.token_keys,
+        states.token_values,
+        *prior,
+        window_size=layout.window_size,
+        chunk_size=layout.chunk_size,
+        attend=attend,
+        prior=layout.past[0] // layout.window_size * (layout.window_size // layout.chunk_size),
+        fp32_softmax=fp32_softmax,
+    )
+
+
+def eva_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    *,
+    window_size: int,
+    chunk_size: int,
+    backend: str | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """EVA attention of whole sequences, as this module's text defines it; differentiable in all five tensors.
+
+    Args:
+        query, key, value: [B, H, N, D], any float dtype, rotary embedding already applied.
+        adaptive_mu_k, adaptive_phi: [1, H, 1, 1, D] as published, or [H, D].
+        window_size: positions that see each other exactly.
+        chunk_size: positions per summary; divides `window_size`.
+        backend: "naive" (the specification), "sdpa" (PyTorch's fused attention) or None for the best available.
+        attention_mask: None, or [B, N], zero at padding, anywhere in the row.
+        position_ids: None, or [B or 1, N]; a document starts wherever they are 0 (packed rows).
+        fp32_softmax: take logits and softmaxes in float32 at least.
+
+    Returns:
+        [B, H, N, D] in the query's dtype; zero at padding.
+
+    Raises:
+        ValueError: for shapes that do not fit, a chunk that does not divide the window, or an unknown backend.
+    """
+    if query.ndim != 4 or query.shape != key.shape or key.shape != value.shape:
+        raise ValueError(
+            "`query`, `key` and `value` must share one shape [batch, heads, length, head_dim]; got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+        )
+    batch, heads, length, head_dim = query.shape
+    for name, learned in (("adaptive_mu_k", adaptive_mu_k), ("adaptive_phi", adaptive_phi)):
+        if tuple(learned.shape) not in ((heads, head_dim), (1, heads, 1, 1, head_dim)):
+            raise ValueError(
+                f"`{name}` must have shape {(heads, head_dim)} or {(1, heads, 1, 1, head_dim)}; got "
+                f"{tuple(learned.shape)}."
+            )
+    if chunk_size < 1 or window_size < 1 or window_size % chunk_size:
+        raise ValueError(f"`chunk_size` ({chunk_size}) must divide `window_size` ({window_size}) without remainder.")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
+        raise ValueError(f"`attention_mask` must have shape {(batch, length)}; got {tuple(attention_mask.shape)}.")
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(f"`position_ids` must have shape {(batch, length)}; got {tuple(position_ids.shape)}.")
+    if length == 0:
+        return query
+    layout = EvaLayout.build(
+        batch,
+        length,
+        window_size=window_size,
+        chunk_size=chunk_size,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+    )
+    return layout_attention(query, key, value, adaptive_mu_k, adaptive_phi, layout, backend, fp32_softmax)

@@ -1,0 +1,444 @@
+"""EvaByte: a Llama-like decoder over bytes with EVA attention and several prediction heads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_evabyte import EvaByteConfig
+from .eva_attention import cached_attention, layout_attention
+from .eva_cache import eva_layers
+from .eva_layout import EvaLayout
+from .multibyte_generation import MultibyteGenerationMixin
+from .multibyte_loss import multibyte_loss, shift_for_heads
+
+logger = logging.get_logger(__name__)
+
+
+class EvaByteRMSNorm(nn.Module):
+    """Root-mean-square norm in float32, scaled by `1 + weight` (taken in the weight's own dtype) or by `weight`."""
+
+    def __init__(self, config: EvaByteConfig) -> None:
+        super().__init__()
+        self.add_unit_offset = config.norm_add_unit_offset
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden_size] to the same shape and dtype."""
+        precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        normed = nn.functional.rms_norm(precise, self.weight.shape, eps=self.eps)
+        scale = 1 + self.weight if self.add_unit_offset else self.weight
+        return (normed * scale).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}, add_unit_offset={self.add_unit_offset}"
+
+
+class EvaByteRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding, without scaling, with linear or with dynamic (NTK) scaling.
+
+    The table is a function of its input alone and built in float32, as trained: there is no buffer that a cast to
+    bfloat16 could round or that a longer earlier input could have changed.
+    """
+
+    def __init__(self, config: EvaByteConfig) -> None:
+        super().__init__()
+        self.dim = config.head_dim
+        self.base = float(config.rope_parameters["rope_theta"])
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.factor = float(config.rope_parameters.get("factor") or 1.0)
+        self.max_position_embeddings = config.max_position_embeddings
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [B or 1, N, head_dim], in the dtype and on the device of `hidden_states`.
+
+        Args:
+            position_ids: int64 [B or 1, N].
+            totals: int64 [B or 1, N], length of each token's document in this call; dynamic scaling depends on it.
+        """
+        device = hidden_states.device
+        exponent = torch.arange(0, self.dim, 2, device=device).float() / self.dim
+        base: float | Tensor = self.base
+        positions = position_ids.to(device)[..., None].float()
+        if self.rope_type == "linear":
+            positions = positions / self.factor
+        elif self.rope_type == "dynamic" and bool((totals > self.max_position_embeddings).any()):
+            stretch = self.factor * totals.to(device).float() / self.max_position_embeddings - (self.factor - 1)
+            base = (self.base * stretch.clamp(min=1.0) ** (self.dim / (self.dim - 2)))[..., None]
+        frequencies = positions * (1.0 / base**exponent)
+        angles = torch.cat((frequencies, frequencies), dim=-1)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [B, H, N, D] by tables [B or 1, N, D]; channel d pairs with channel d + D / 2."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class EvaByteMLP(nn.Module):
+    def __init__(self, config: EvaByteConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class EvaByteAttention(nn.Module):
+    """EVA attention with its two learned summary vectors per head; see `eva_attention.py`."""
+
+    def __init__(self, config: EvaByteConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.adaptive_phi = nn.Parameter(torch.empty(1, config.num_attention_heads, 1, 1, config.head_dim))
+        self.adaptive_mu_k = nn.Parameter(torch.empty(1, config.num_attention_heads, 1, 1, config.head_dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: EvaLayout,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """[B, N, hidden_size] to the same shape."""
+        batch, length = hidden_states.shape[:2]
+        query, key, value = (
+            projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = position_embeddings
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        learned = {"adaptive_mu_k": self.adaptive_mu_k, "adaptive_phi": self.adaptive_phi}
+        how = {"backend": self.config._attn_implementation, "fp32_softmax": self.config.mixedp_attn}
+        if past_key_values is None:
+            output = layout_attention(query, key, value, **learned, layout=layout, **how)
+        else:
+            states, _ = past_key_values.update(
+                key, value, self.layer_idx, layout=layout, **learned, fp32_softmax=self.config.mixedp_attn
+            )
+            output = cached_attention(query, states, **learned, layout=layout, **how)
+        return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
+
+
+class EvaByteDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: EvaByteConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = EvaByteAttention(config, layer_idx)
+        self.mlp = EvaByteMLP(config)
+        self.input_layernorm = EvaByteRMSNorm(config)
+        self.post_attention_layernorm = EvaByteRMSNorm(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: EvaLayout,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states), layout, position_embeddings, past_key_values
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class EvaBytePreTrainedModel(PreTrainedModel):
+    config: EvaByteConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EvaByteDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": EvaByteDecoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, EvaByteRMSNorm):
+            (init.zeros_ if module.add_unit_offset else init.ones_)(module.weight)
+        elif isinstance(module, EvaByteAttention):
+            init.normal_(module.adaptive_phi, std=std)
+            init.normal_(module.adaptive_mu_k, std=std)
+        else:
+            super()._init_weights(module)
+
+
+class EvaByteModel(EvaBytePreTrainedModel):
+    """The decoder without prediction heads."""
+
+    def __init__(self, config: EvaByteConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(EvaByteDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.norm = EvaByteRMSNorm(config)
+        self.rotary_emb = EvaByteRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        draft_tree: Tensor | None = None,
+        layout: EvaLayout | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder over N new tokens per row.
+
+        Args:
+            input_ids: int64 [B, N]; or `inputs_embeds`, [B, N, hidden_size].
+            attention_mask: None, or [B, N] or [B, cached slots + N], zero at padding, which may stand anywhere. Every
+                row gives what its real tokens alone would give.
+            position_ids: None, or int64 [B or 1, N]: rotary positions. A document starts wherever they are 0, so rows may
+                pack several. By default each row's real tokens are counted on from what the cache holds of it.
+            past_key_values: None, or a `DynamicCache(config=model.config)`.
+            draft_tree: None, or bool [B or 1, N, N]: the new tokens are nodes of draft trees, row i marking node i and
+                its ancestors; every row is one tree whose root continues the cache. The cache does not count the nodes
+                until they are committed (see `multibyte_generation.py`).
+            layout: for callers that have built it already.
+
+        Returns:
+            `last_hidden_state` [B, N, hidden_size], after the final norm, and the cache.
+
+        Raises:
+            ValueError: for missing, empty or out-of-range input, and masks, positions or caches that do not fit it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if layout is None:
+            layout = self.build_layout(
+                inputs_embeds.shape[:2], attention_mask, position_ids, past_key_values, draft_tree
+            )
+        hidden_states = inputs_embeds
+        positions = layout.positions(hidden_states.device)
+        totals = layout.totals(torch.device("cpu"))
+        if max(layout.new_lengths) > self.config.max_position_embeddings:
+            logger.warning_once(
+                f"A sequence is {max(layout.new_lengths)} long, more than `max_position_embeddings` "
+                f"({self.config.max_position_embeddings}): the model was not trained there and may write nonsense."
+            )
+        rotary_positions = position_ids if position_ids is not None and draft_tree is None else positions
+        position_embeddings = self.rotary_emb(hidden_states, rotary_positions, totals)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, layout=layout, position_embeddings=position_embeddings, past_key_values=past_key_values
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or input_ids.numel() == 0:
+            return  # on an accelerator looking at the ids would stall it at every step
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"`input_ids` must lie in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}: encode text with "
+                "`EvaByteTokenizer`, where byte b is id b + 64."
+            )
+
+    def build_layout(
+        self,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        draft_tree: Tensor | None = None,
+    ) -> EvaLayout:
+        """Check that the arguments of `forward` fit each other and say where each new token stands."""
+        batch, length = shape
+        if batch == 0 or length == 0:
+            raise ValueError("The input is empty: pass at least one id per row (an empty prompt is the bos id alone).")
+        past, slots = None, 0
+        if past_key_values is not None:
+            layers = eva_layers(past_key_values, self.config.num_hidden_layers)
+            past, slots = layers[0].lengths or None, layers[0].slots
+            if past is not None and len(past) != batch:
+                raise ValueError(f"`past_key_values` holds {len(past)} rows, the input has {batch}.")
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+            raise ValueError(f"`position_ids` must have shape {(batch, length)}, got {tuple(position_ids.shape)}.")
+        sizes = {"window_size": self.config.window_size, "chunk_size": self.config.chunk_size}
+        if draft_tree is not None:
+            if past is None or tuple(draft_tree.shape) not in ((batch, length, length), (1, length, length)):
+                raise ValueError(
+                    f"`draft_tree` must have shape {(batch, length, length)} and continue a cache, got "
+                    f"{tuple(draft_tree.shape)}{'' if past else ' without one'}."
+                )
+            return EvaLayout.for_tree(draft_tree.cpu(), draft_tree.sum(-1).cpu() - 1, past=past, **sizes)
+        if attention_mask is not None and tuple(attention_mask.shape) not in ((batch, length), (batch, slots + length)):
+            raise ValueError(
+                f"`attention_mask` must be 2D, of shape {(batch, slots + length)} (cached and new tokens), got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        return EvaLayout.build(
+            batch, length, past=past, attention_mask=attention_mask, position_ids=position_ids, **sizes
+        )
+
+
+@dataclass
+class EvaByteCausalLMOutput(CausalLMOutputWithPast):
+    """Output of [`EvaByteForCausalLM`].
+
+    Attributes:
+        loss: scalar, in nats, when labels were given.
+        logits: [B, N, vocab_size] of the next-byte head, or [B, N, num_pred_heads, vocab_size] of all heads.
+        head_losses: float32 [num_pred_heads], each head's own mean loss, when labels were given.
+    """
+
+    head_losses: Tensor | None = None
+
+
+class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin):
+    """EvaByte with its prediction heads: head h at position t predicts the byte at t + 1 + h."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: EvaByteConfig) -> None:
+        super().__init__(config)
+        self.model = EvaByteModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.num_pred_heads * config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_all_pred_logits: bool = False,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        draft_tree: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EvaByteCausalLMOutput:
+        """Run the model; see [`EvaByteModel.forward`] for the arguments not listed here.
+
+        Args:
+            labels: int64 [B, N] like `input_ids`, -100 ignored, shifted inside: every head learns its own byte, the loss
+                is the mean over heads of each head's mean. No head learns across documents or from padding. Or
+                [B, N, num_pred_heads], where labels[b, t, h] is the target of head h at position t itself (the published
+                layout): the loss is the mean over all labelled pairs.
+            shift_labels: int64 [B, N], `labels` already shifted by one (as context parallelism passes them).
+            logits_to_keep: keep the logits of the last so many positions (0: all), or of the positions in a tensor.
+            return_all_pred_logits: return the logits of all heads, [B, N, num_pred_heads, vocab_size].
+            num_items_in_batch: number of labels of the whole batch that this call is a part of (see `multibyte_loss`).
+
+        Raises:
+            ValueError: as `EvaByteModel.forward`, and for labels whose shape does not fit.
+        """
+        learning = labels is not None or shift_labels is not None
+        if learning:
+            use_cache = False if use_cache is None else use_cache
+            self._check_labels(labels, shift_labels, input_ids if input_ids is not None else inputs_embeds)
+        layout = None
+        if learning and (input_ids is None) != (inputs_embeds is None):
+            shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+            layout = self.model.build_layout(shape, attention_mask, position_ids, past_key_values, draft_tree)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            draft_tree=draft_tree,
+            layout=layout,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = head_losses = None
+        if learning:
+            logits = self.predict(hidden_states)
+            targets, average = self._targets(labels, shift_labels, layout)
+            loss, head_losses = multibyte_loss(logits, targets, num_items_in_batch, average)
+            logits = logits[:, _kept(logits_to_keep)]
+            logits = logits if return_all_pred_logits else logits[:, :, 0]
+        else:
+            logits = self.predict(hidden_states[:, _kept(logits_to_keep)], all_heads=return_all_pred_logits)
+        return EvaByteCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            head_losses=head_losses,
+        )
+
+    def predict(self, hidden_states: Tensor, all_heads: bool = True) -> Tensor:
+        """Logits [..., num_pred_heads, vocab_size] of hidden states [..., hidden_size]; or of head 0, [..., vocab_size]."""
+        weight = self.lm_head.weight
+        if not all_heads and type(self.lm_head) is nn.Linear and type(weight) is nn.Parameter:
+            logits = nn.functional.linear(hidden_states, weight[: self.vocab_size])
+        else:  # wrapped (LoRA), sharded or quantised: only the module knows how
+            logits = self.lm_head(hidden_states).unflatten(-1, (-1, self.vocab_size))
+            logits = logits if all_heads else logits[..., 0, :]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) if self.config.fp32_logits else logits
+
+    def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> None:
+        if inputs is None:
+            return
+        shape = tuple(inputs.shape[:2])
+        heads = self.config.num_pred_heads
+        if labels is not None and tuple(labels.shape) not in (shape, (*shape, heads)):
+            raise ValueError(f"`labels` must have shape {shape} or {(*shape, heads)}, got {tuple(labels.shape)}.")
+        if shift_labels is not None and tuple(shift_labels.shape) != shape:
+            raise ValueError(f"`shift_labels` must have shape {shape}, got {tuple(shift_labels.shape)}.")
+
+    def _targets(
+        self, labels: Tensor | None, shift_labels: Tensor | None, layout: EvaLayout | None
+    ) -> tuple[Tensor, str]:
+        """Targets [B, N, num_pred_heads] and how to average over them."""
+        if shift_labels is None and labels is not None and labels.ndim == 3:
+            return labels, "pairs"
+        document = None if layout is None or layout.uniform else layout.documents()
+        if shift_labels is not None:
+            return shift_for_heads(shift_labels, self.config.num_pred_heads, first=0, document=document), "heads"
+        return shift_for_heads(labels, self.config.num_pred_heads, document=document), "heads"
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The positions whose logits are wanted, as an index."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
+        slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
+    )
+
+
+__all__ = ["EvaByteForCausalLM", "EvaByteModel", "EvaBytePreTrainedModel"]
