@@ -45,7 +45,7 @@ def multibyte_loss(
             (position, head) pairs.
 
     Returns:
-        the scalar loss in nats, and float32 [heads], each head's own mean (detached).
+        the scalar loss in nats, and float32 [heads], each head's own mean; both carry gradients.
     """
     losses = nn.functional.cross_entropy(
         logits.float().flatten(0, 2), targets.flatten(), ignore_index=IGNORE, reduction="none"
@@ -62,4 +62,4 @@ def multibyte_loss(
             loss = head_losses.sum() / (counts > 0).sum().clamp(min=1)  # a head without labels has no mean
         else:
             loss = sums.sum() / counts.sum().clamp(min=1)
-    return loss, head_losses.detach()
+    return loss, head_losses
