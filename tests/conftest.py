@@ -1,7 +1,16 @@
+import os
 import sys
 from pathlib import Path
 
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the models are tiny
+
+# The same cases at every run; `--hypothesis-profile=explore` looks for new ones.
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("repeatable", derandomize=True, max_examples=40, **common)
+settings.register_profile("explore", max_examples=400, **common)
+settings.load_profile("repeatable")
