@@ -48,6 +48,9 @@ class CachedStates:
     token_values: Tensor | None = None
 
 
+MIN_QUERY_BLOCK = 128
+
+
 class Attend(Protocol):
     """Softmax attention of `query` [B, H, Q, D] over `key`, `value` [B, H, K, D]; returns [B, H, Q, D].
 
@@ -243,21 +246,24 @@ def windowed_attention(
     length, first_query = key.shape[2], key.shape[2] - query.shape[2]
     scale = query.shape[3] ** -0.5
     outputs = []
+    block = max(window_size // 8, MIN_QUERY_BLOCK)
     for start in range(first_query // window_size * window_size, length, window_size):
         stop = min(start + window_size, length)
-        first = max(start, first_query)
         visible = prior + start // chunk_size
         keys = torch.cat((summary_key[:, :, :visible], key[:, :, start:stop]), dim=2)
         values = torch.cat((summary_value[:, :, :visible], value[:, :, start:stop]), dim=2)
-        mask = None
-        if stop - first > 1 or prior_mask is not None:
-            mask = _causal_mask(stop - first, visible + stop - start, query)
-            if prior_mask is not None:
-                mask = mask.expand(query.shape[0], 1, -1, -1).clone()
-                mask[..., :prior] += prior_mask
-        outputs.append(
-            attend(query[:, :, first - first_query : stop - first_query], keys, values, mask, scale, fp32_softmax)
-        )
+        # Queries go block by block, so that little is computed of what causality hides.
+        for first in range(max(start, first_query), stop, block):
+            last = min(first + block, stop)
+            seen = visible + last - start
+            mask = None
+            if last - first > 1 or prior_mask is not None:
+                mask = _causal_mask(last - first, seen, query)
+                if prior_mask is not None:
+                    mask = mask.expand(query.shape[0], 1, -1, -1).clone()
+                    mask[..., :prior] += prior_mask
+            block_query = query[:, :, first - first_query : last - first_query]
+            outputs.append(attend(block_query, keys[:, :, :seen], values[:, :, :seen], mask, scale, fp32_softmax))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

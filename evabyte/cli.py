@@ -1,0 +1,190 @@
+"""The command line: `evabyte generate`, `chat`, `info` and `demo`.
+
+This file knows the options; what a command does is in the module `cli_<command>`, imported when it runs.
+"""
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
+PIPE_CLOSED = 141  # as a shell reports a program whose reader has gone
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: type, condition: Callable[[float], bool], meaning: str) -> Callable[[str], float]:
+    """An argparse type: a `kind` for which `condition` holds; `meaning` says so in words."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not condition(value):
+            raise argparse.ArgumentTypeError(f"must be {meaning}, not {text!r}")
+        return value
+
+    return parse
+
+
+positive = _number(int, lambda value: value >= 1, "a whole number, at least 1")
+any_seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number, at least 0")
+temperature = _number(float, lambda value: 0 <= value < float("inf"), "a number, at least 0")
+probability = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def _model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--model", metavar="MODEL", help="model folder or Hub id (default: the bundled model)")
+    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    options.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="number format to compute in (default: bfloat16 on CUDA; float32 elsewhere, where it is faster)",
+    )
+    return options
+
+
+def _draft_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--draft",
+        choices=["chain", "tree31", "tree95"],
+        help="bytes drafted ahead per forward; changes the speed only (default: chain on CPU, else tree95)",
+    )
+    return options
+
+
+def _sampling_options(max_new_tokens: int) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "-n",
+        "--max-new-tokens",
+        metavar="BYTES",
+        type=positive,
+        default=max_new_tokens,
+        help="bytes to write at most (default: %(default)s)",
+    )
+    options.add_argument(
+        "--temperature",
+        metavar="T",
+        type=temperature,
+        default=0.7,
+        help="0 takes the most probable byte each time, which small models repeat themselves with (default: 0.7)",
+    )
+    options.add_argument("--top-p", metavar="P", type=probability, help="sample from the most probable bytes summing to P")
+    options.add_argument("--top-k", metavar="K", type=positive, help="sample from the K most probable bytes")
+    options.add_argument("--seed", metavar="N", type=any_seed, help="repeat a sampled text (default: a new one each time)")
+    options.add_argument("--stop", metavar="TEXT", action="append", help="end after this text; may be given repeatedly")
+    options.add_argument(
+        "--byte-by-byte", action="store_true", help="one byte per forward, as `generate` does, for comparison"
+    )
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; parsing gives a namespace with `command` and that command's options."""
+    parser = OneLineParser(prog="evabyte", description="Byte-level language models with multibyte decoding.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[_model_options(), _draft_options(), _sampling_options(max_new_tokens=256)],
+        help="continue a text",
+        description="Continue a text. Only the continuation goes to standard output, without a newline of its own when "
+        "that is not a terminal. On a terminal the colour changes with each forward of the model.",
+    )
+    generate.add_argument(
+        "prompt", nargs="?", help="the text; by default, or for -, standard input as it is, newline at the end included"
+    )
+    chat = commands.add_parser(
+        "chat",
+        parents=[_model_options(), _draft_options(), _sampling_options(max_new_tokens=1024)],
+        help="talk with a chat model",
+        description="Talk with a chat model. /reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer. When "
+        "standard input is not a terminal, each of its lines is a turn.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    info = commands.add_parser(
+        "info",
+        help="describe a model without loading it",
+        description="Describe a model from its configuration and the headers of its weight files.",
+    )
+    info.add_argument("model", nargs="?", metavar="MODEL", help="model folder or Hub id (default: the bundled model)")
+    info.add_argument(
+        "--context",
+        metavar="BYTES",
+        type=positive,
+        action="append",
+        help="text length to give the size of the cache at; may be given repeatedly (default: 2048, 8192, 32768)",
+    )
+    demo = commands.add_parser(
+        "demo",
+        parents=[_model_options(), _draft_options()],
+        help="the same text byte by byte and by multibyte decoding",
+        description="Write the same text byte by byte and by multibyte decoding, and compare.",
+    )
+    demo.add_argument("prompt", nargs="?", help="the text to continue")
+    demo.add_argument(
+        "-n",
+        "--max-new-tokens",
+        metavar="BYTES",
+        type=positive,
+        default=240,
+        help="bytes to write at most (default: %(default)s)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after the program's name; by default the process's own.
+
+    Returns:
+        the exit status: 0, 2 after an error (one line on standard error tells it), 130 after Ctrl-C, 141 when the
+        reader of the output has gone.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        from . import __version__
+
+        print(f"evabyte {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a substitute
+
+    from .cli_model import CommandError
+
+    try:
+        status = importlib.import_module(f".cli_{options.command}", __package__).run(options)
+        sys.stdout.flush()
+    except CommandError as error:
+        print(f"evabyte {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return PIPE_CLOSED
+    return status
+
+
+__all__ = ["build_parser", "main"]

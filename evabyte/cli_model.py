@@ -1,0 +1,140 @@
+"""Command line: find and load the model an option names, and say in one line why it cannot be."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from .bundled import bundled_checkpoint
+from .configuration_evabyte import EvaByteConfig
+from .modeling_evabyte import EvaByteForCausalLM
+from .tokenization_evabyte import EvaByteTokenizer
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CHAT_END = "<|eot_id|>"  # ends a turn in the chat format
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
+
+
+class CommandError(Exception):
+    """A user's error; the message is one line."""
+
+
+@contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """Turn what loading raises into a [`CommandError`]: `what`, and the first line of the reason."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CommandError(f"{what}: {reason}") from error
+
+
+def find_model(name: str | None) -> str:
+    """The folder or Hub id to load: `name`, checked as far as that is possible here, or the bundled model.
+
+    Raises:
+        CommandError: `name` is neither a model folder nor looks like a Hub id; or there is no bundled model.
+    """
+    if name is None:
+        with told_in_one_line("no bundled model"):
+            return str(bundled_checkpoint())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CommandError(f"{name} is not a model: the folder has no config.json")
+        return str(folder)
+    if folder.exists():
+        raise CommandError(f"{name} is a file: name the folder it is in, or a Hub id")
+    if not HUB_ID.fullmatch(name):
+        raise CommandError(f"there is no folder {name}, and a Hub id has the form owner/name")
+    return name
+
+
+def load_config(source: str) -> EvaByteConfig:
+    """The configuration of a folder or Hub id.
+
+    Raises:
+        CommandError: it cannot be read, or is not EvaByte's.
+    """
+    where = source if Path(source).is_dir() else f"no folder {source} here, and on the Hugging Face Hub"
+    with told_in_one_line(where):
+        values, _ = EvaByteConfig.get_config_dict(source)
+        model_type = values.get("model_type")
+        if model_type != EvaByteConfig.model_type:
+            raise CommandError(f"{source} is not an EvaByte model: its model_type is {model_type!r}")
+        return EvaByteConfig.from_dict(values)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device named, or the default one.
+
+    Raises:
+        CommandError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with told_in_one_line(f"--device {name}"):
+        device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch without CUDA raises AssertionError
+        raise CommandError(f"--device {name}: this PyTorch has no such device here") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype named; "auto" is bfloat16 on CUDA, and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def load_model(name: str | None, device: str | None, dtype: str) -> tuple[EvaByteForCausalLM, EvaByteTokenizer]:
+    """Load a model and its tokenizer as the options say.
+
+    Raises:
+        CommandError: it cannot be loaded, completely, onto that device.
+    """
+    source = find_model(name)
+    config = load_config(source)
+    place = choose_device(device)
+    with told_in_one_line(f"cannot load {source}"), _without_progress_bar(Path(source).is_dir()):
+        tokenizer = EvaByteTokenizer.from_pretrained(source)
+        model, loading = EvaByteForCausalLM.from_pretrained(
+            source, config=config, dtype=choose_dtype(dtype, place), output_loading_info=True
+        )
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise CommandError(f"cannot load {source}: its files lack {len(missing)} weights, such as {missing[0]}")
+        return model.to(place).eval(), tokenizer
+
+
+def is_chat_model(model: EvaByteForCausalLM, tokenizer: EvaByteTokenizer) -> bool:
+    """Whether the model was tuned to end its turns; a base model ends documents instead."""
+    return tokenizer.convert_tokens_to_ids(CHAT_END) in end_ids(model, tokenizer)
+
+
+def end_ids(model: EvaByteForCausalLM, tokenizer: EvaByteTokenizer) -> set[int]:
+    """The ids that end a text, as the model and its tokenizer say."""
+    ids = {tokenizer.eos_token_id}
+    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        ids.update(eos if isinstance(eos, list) else [eos])
+    return ids - {None}
+
+
+@contextmanager
+def _without_progress_bar(hide: bool) -> Iterator[None]:
+    """Hide transformers' progress bars, if `hide`: reading a folder is quick, a download is not."""
+    hide = hide and logging.is_progress_bar_enabled()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
