@@ -147,6 +147,8 @@ class EvaByteConfig(PreTrainedConfig):
             )
         if self.attention_class != "eva":
             raise ValueError(f"`attention_class` must be 'eva', got {self.attention_class!r}.")
+        if self.attention_dropout:
+            raise ValueError(f"`attention_dropout` must be 0, got {self.attention_dropout}: EVA attention has none.")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in SUPPORTED_ROPE_TYPES:
             raise ValueError(
