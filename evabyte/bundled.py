@@ -16,8 +16,8 @@ def bundled_checkpoint(checkpoints: Path = CHECKPOINTS) -> Path:
     """
     found = sorted(config.parent for config in checkpoints.glob("*/config.json"))
     if len(found) != 1:
-        have = f"{len(found)} models" if found else "no model"
-        raise FileNotFoundError(f"the package holds {have} in {checkpoints}: name a folder or a Hub id instead.")
+        have = f"{len(found)} bundled models" if found else "no bundled model"
+        raise FileNotFoundError(f"{have} in {checkpoints}: name a model folder or a Hub id instead")
     return found[0]
 
 

@@ -43,8 +43,8 @@ temperature = _number(float, lambda value: 0 <= value < float("inf"), "a number,
 probability = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
 
 
-def _model_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
+def _model_options() -> OneLineParser:
+    options = OneLineParser(add_help=False)
     options.add_argument("--model", metavar="MODEL", help="model folder or Hub id (default: the bundled model)")
     options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     options.add_argument(
@@ -56,8 +56,8 @@ def _model_options() -> argparse.ArgumentParser:
     return options
 
 
-def _draft_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
+def _draft_options() -> OneLineParser:
+    options = OneLineParser(add_help=False)
     options.add_argument(
         "--draft",
         choices=["chain", "tree31", "tree95"],
@@ -66,8 +66,8 @@ def _draft_options() -> argparse.ArgumentParser:
     return options
 
 
-def _sampling_options(max_new_tokens: int) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
+def _sampling_options(max_new_tokens: int) -> OneLineParser:
+    options = OneLineParser(add_help=False)
     options.add_argument(
         "-n",
         "--max-new-tokens",
@@ -83,9 +83,9 @@ def _sampling_options(max_new_tokens: int) -> argparse.ArgumentParser:
         default=0.7,
         help="0 takes the most probable byte each time, which small models repeat themselves with (default: 0.7)",
     )
-    options.add_argument("--top-p", metavar="P", type=probability, help="sample from the most probable bytes summing to P")
+    options.add_argument("--top-p", metavar="P", type=probability, help="sample from the bytes that make up P")
     options.add_argument("--top-k", metavar="K", type=positive, help="sample from the K most probable bytes")
-    options.add_argument("--seed", metavar="N", type=any_seed, help="repeat a sampled text (default: a new one each time)")
+    options.add_argument("--seed", metavar="N", type=any_seed, help="sample the same text again")
     options.add_argument("--stop", metavar="TEXT", action="append", help="end after this text; may be given repeatedly")
     options.add_argument(
         "--byte-by-byte", action="store_true", help="one byte per forward, as `generate` does, for comparison"

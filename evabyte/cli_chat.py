@@ -99,9 +99,7 @@ class Chat:
         ids = self.tokenizer.encode_chat(self.messages, add_generation_prompt=True)
         # What was read may not be how the chat begins now: an answer can hold bytes that are not text.
         reusable = self.cache is not None and ids[: len(self.read)] == self.read
-        result = decode(
-            self.model, ids, streamer, past_key_values=self.cache if reusable else None, **self.arguments
-        )
+        result = decode(self.model, ids, streamer, past_key_values=self.cache if reusable else None, **self.arguments)
         self.cache, self.read = result.cache, [*ids, *result.ids[:-1]]
         said = self.tokenizer.decode(result.ids, skip_special_tokens=True, errors="replace")
         self.messages.append({"role": "assistant", "content": said})

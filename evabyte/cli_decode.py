@@ -82,10 +82,12 @@ def decode(
     cache = None
     start = time.perf_counter()
     try:
+        output: Any
         if byte_by_byte:
-            cache = model.generate(inputs, **arguments).past_key_values
+            output = model.generate(inputs, **arguments)
         else:
-            cache = model.multi_byte_generate(inputs, draft=draft, **arguments).past_key_values
+            output = model.multi_byte_generate(inputs, draft=draft, **arguments)
+        cache = output.past_key_values
     except KeyboardInterrupt:
         streamer.end()
     return Generation(streamer.ids, streamer.forwards, time.perf_counter() - start, cache)

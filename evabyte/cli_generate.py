@@ -4,7 +4,6 @@ import os
 import sys
 from argparse import Namespace
 
-from .cli import INTERRUPTED
 from .cli_decode import decode, sampling_arguments, set_seed
 from .cli_model import load_model
 from .cli_output import ForwardStreamer, dim, wants_colour
@@ -25,7 +24,9 @@ def run(options: Namespace) -> int:
     if streamer.to_terminal:
         print(flush=True)
     print(dim(result.summary(), sys.stderr), file=sys.stderr)
-    return INTERRUPTED if result.interrupted else 0
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return 0
 
 
 def read_prompt(argument: str | None) -> bytes:

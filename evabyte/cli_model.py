@@ -16,12 +16,16 @@ from .modeling_evabyte import EvaByteForCausalLM
 from .tokenization_evabyte import EvaByteTokenizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CHAT_END = "<|eot_id|>"  # ends a turn in the chat format
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 class CommandError(Exception):
     """A user's error; the message is one line."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -30,8 +34,7 @@ def told_in_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except LOADING_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CommandError(f"{what}: {reason}") from error
+        raise CommandError(f"{what}: {first_line(error)}") from error
 
 
 def find_model(name: str | None) -> str:
@@ -41,8 +44,10 @@ def find_model(name: str | None) -> str:
         CommandError: `name` is neither a model folder nor looks like a Hub id; or there is no bundled model.
     """
     if name is None:
-        with told_in_one_line("no bundled model"):
+        try:
             return str(bundled_checkpoint())
+        except FileNotFoundError as error:
+            raise CommandError(str(error)) from error
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -78,12 +83,11 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with told_in_one_line(f"--device {name}"):
-        device = torch.device(name)
     try:
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch without CUDA raises AssertionError
-        raise CommandError(f"--device {name}: this PyTorch has no such device here") from error
+        raise CommandError(f"--device {name}: there is no such device here") from error
     return device
 
 
@@ -114,17 +118,12 @@ def load_model(name: str | None, device: str | None, dtype: str) -> tuple[EvaByt
         return model.to(place).eval(), tokenizer
 
 
-def is_chat_model(model: EvaByteForCausalLM, tokenizer: EvaByteTokenizer) -> bool:
-    """Whether the model was tuned to end its turns; a base model ends documents instead."""
-    return tokenizer.convert_tokens_to_ids(CHAT_END) in end_ids(model, tokenizer)
-
-
 def end_ids(model: EvaByteForCausalLM, tokenizer: EvaByteTokenizer) -> set[int]:
     """The ids that end a text, as the model and its tokenizer say."""
-    ids = {tokenizer.eos_token_id}
-    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
+    ids: set[int | None] = set()
+    for eos in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
         ids.update(eos if isinstance(eos, list) else [eos])
-    return ids - {None}
+    return {end for end in ids if end is not None}
 
 
 @contextmanager

@@ -78,7 +78,12 @@ def attend_naive(
 def attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
 ) -> Tensor:
-    """Attention by PyTorch's fused kernels, which always accumulate in float32."""
+    """Attention by PyTorch's fused kernels, which always accumulate in float32.
+
+    In low precision on a CPU their backward pass is slower than plain products over the short rows of one window.
+    """
+    if query.device.type == "cpu" and query.requires_grad and query.dtype != torch.float32:
+        return attend_naive(query, key, value, mask, scale, fp32_softmax)
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
