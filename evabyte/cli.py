@@ -43,15 +43,15 @@ temperature = _number(float, lambda value: 0 <= value < float("inf"), "a number,
 probability = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
 
 
-def _model_options() -> OneLineParser:
+def _model_options(dtype: str = "auto") -> OneLineParser:
     options = OneLineParser(add_help=False)
     options.add_argument("--model", metavar="MODEL", help="model folder or Hub id (default: the bundled model)")
     options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     options.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="number format to compute in (default: bfloat16 on CUDA; float32 elsewhere, where it is faster)",
+        default=dtype,
+        help="number format to compute in; auto is bfloat16 on CUDA and float32 elsewhere (default: %(default)s)",
     )
     return options
 
@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo = commands.add_parser(
         "demo",
-        parents=[_model_options(), _draft_options()],
+        parents=[_model_options(dtype="float32"), _draft_options()],
         help="the same text byte by byte and by multibyte decoding",
         description="Write the same text byte by byte and by multibyte decoding, and compare.",
     )
