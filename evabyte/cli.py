@@ -83,9 +83,11 @@ def _sampling_options(max_new_tokens: int) -> OneLineParser:
         default=0.7,
         help="0 takes the most probable byte each time, which small models repeat themselves with (default: 0.7)",
     )
-    options.add_argument("--top-p", metavar="P", type=probability, help="sample from the bytes that make up P")
+    options.add_argument(
+        "--top-p", metavar="P", type=probability, help="sample from the most probable bytes, up to probability P"
+    )
     options.add_argument("--top-k", metavar="K", type=positive, help="sample from the K most probable bytes")
-    options.add_argument("--seed", metavar="N", type=any_seed, help="sample the same text again")
+    options.add_argument("--seed", metavar="N", type=any_seed, help="the same number samples the same text")
     options.add_argument("--stop", metavar="TEXT", action="append", help="end after this text; may be given repeatedly")
     options.add_argument(
         "--byte-by-byte", action="store_true", help="one byte per forward, as `generate` does, for comparison"
