@@ -38,6 +38,7 @@ class ByteStreamer(TextStreamer):
         **kwargs: Any,
     ):
         super().__init__(tokenizer, skip_prompt, **kwargs)
+        self.next_tokens_are_prompt: bool = True
         self.skip_special_tokens = skip_special_tokens
         self.errors = check_error_handler(errors)
         self.on_text = on_text

@@ -1,8 +1,8 @@
 """Draft trees: several continuations of the same text, verified in one forward.
 
-Node 0 is the root, the byte that was emitted last and that the model has not read yet; a node at depth d drafts the d-th
-byte after it. Trees are given as lists of paths, a path being the rank chosen at each depth: (0, 1) is the second most
-probable byte of the second head after the most probable one of the first.
+Node 0 is the root, the byte that was emitted last and that the model has not read yet; a node at depth d drafts the
+d-th byte after it. Trees are given as lists of paths, a path being the rank chosen at each depth: (0, 1) is the second
+most probable byte of the second head after the most probable one of the first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -65,9 +65,7 @@ class ByteTree:
         paths: list[Path] = []
         level: list[Path] = [()]
         for level_counts in counts:
-            level = [
-                (*path, rank) for path, count in zip(level, level_counts, strict=False) for rank in range(count)
-            ]
+            level = [(*path, rank) for path, count in zip(level, level_counts, strict=False) for rank in range(count)]
             paths.extend(level)
         return cls(tuple(paths))
 

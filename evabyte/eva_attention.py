@@ -22,33 +22,40 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from .eva_layout import EvaLayout, SequenceGroup
+from .eva_layout import EvaLayout
 from .eva_tree_attention import tree_attention_across_windows
 
 
 @dataclass(frozen=True)
-class CachedStates:
-    """What a cache layer lets attention read after an update.
+class WindowStates:
+    """What attention may read after new tokens that stay within the open window.
 
     Attributes:
-        keys, values: [B, H, S + R + N, D], one slice of the buffer: S summaries (a row with fewer has them at the end),
-            the open window's R cached tokens and, at each row's own length, its N new ones. None when the new tokens
-            reach past the open window.
-        summary_keys, summary_values: [B, H, S', D]; for a uniform call that reaches past the open window the summaries
-            of the windows it closes follow those of the cache, in order.
-        token_keys, token_values: [B, H, R + N, D], the open window's cached tokens, then the new ones. None when `keys`
-            is there.
+        keys, values: [B, H, S + R + N, D], one slice of the cache's buffer: S summaries (a row with fewer has them at
+            the end), the open window's R cached tokens and, at each row's own length, its N new ones.
     """
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    summary_keys: Tensor | None = None
-    summary_values: Tensor | None = None
-    token_keys: Tensor | None = None
-    token_values: Tensor | None = None
+    keys: Tensor
+    values: Tensor
 
 
-MIN_QUERY_BLOCK = 128
+@dataclass(frozen=True)
+class SequenceStates:
+    """What attention may read after new tokens that reach past the open window.
+
+    Attributes:
+        summary_keys, summary_values: [B, H, S, D], the cached summaries, a row with fewer having them at the end; for a
+            uniform call the summaries of the windows it closes follow, in order.
+        token_keys, token_values: [B, H, R + N, D], the open window's cached tokens, then the new ones.
+    """
+
+    summary_keys: Tensor
+    summary_values: Tensor
+    token_keys: Tensor
+    token_values: Tensor
+
+
+MIN_QUERY_BLOCK = 128  # queries attended to at a time, at least: smaller products are slow
 
 
 class Attend(Protocol):
@@ -317,7 +324,7 @@ def grouped_attention(
         summary_key, summary_value = summarize(group_key[:, :, :closed], group_value[:, :, :closed])
         prior_count, prior_mask = 0, None
         if prior is not None and group.summaries is not None:
-            prior_key, prior_value, prior_mask = _prior_of_group(group, prior, query.dtype)
+            prior_key, prior_value, prior_mask = _prior_of_group(group.rows, group.summaries, prior, query.dtype)
             prior_count = prior_key.shape[2]
             summary_key = torch.cat((prior_key, summary_key), dim=2)
             summary_value = torch.cat((prior_value, summary_value), dim=2)
@@ -340,11 +347,11 @@ def grouped_attention(
 
 
 def _prior_of_group(
-    group: SequenceGroup, prior: tuple[Tensor, Tensor], dtype: torch.dtype
+    rows: Tensor, summaries: Tensor, prior: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cached summaries of a group's rows, and the mask that hides what a row with fewer of them lacks."""
-    keys, values = (states.index_select(0, group.rows) for states in prior)
-    missing = keys.shape[2] - group.summaries  # [G], how many to hide at the front of each row
+    """Cached summaries of the given rows, and the mask that hides what a row with fewer of them lacks."""
+    keys, values = (states.index_select(0, rows) for states in prior)
+    missing = keys.shape[2] - summaries  # [G], how many to hide at the front of each row
     if not bool(missing.any()):
         return keys, values, None
     hidden = torch.arange(keys.shape[2], device=keys.device) < missing[:, None]
@@ -398,7 +405,7 @@ def layout_attention(
 
 def cached_attention(
     query: Tensor,
-    states: CachedStates,
+    states: WindowStates | SequenceStates,
     adaptive_mu_k: Tensor,
     adaptive_phi: Tensor,
     layout: EvaLayout,
@@ -411,9 +418,11 @@ def cached_attention(
     def summarize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
 
-    if states.keys is not None:
+    if isinstance(states, WindowStates):
         if layout.tree is not None and layout.crosses_window():
-            return tree_attention_across_windows(query, states.keys, states.values, layout, summarize, fp32_softmax)
+            return tree_attention_across_windows(
+                query, states.keys, states.values, layout, layout.tree, summarize, fp32_softmax
+            )
         mask = layout.window_mask(query.device, query.dtype)
         return attend(query, states.keys, states.values, mask, query.shape[3] ** -0.5, fp32_softmax)
     prior = (states.summary_keys, states.summary_values)

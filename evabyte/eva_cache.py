@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .eva_attention import CachedStates, summarize_chunks
+from .eva_attention import SequenceStates, WindowStates, summarize_chunks
 from .eva_layout import EvaLayout
 
 
@@ -31,6 +31,12 @@ class EvaCacheLayer(CacheLayerMixin):
     """
 
     _layer_type = "eva_attention"
+    keys: Tensor
+    values: Tensor
+    dtype: torch.dtype
+    device: torch.device
+    window_size: int
+    chunk_size: int
     is_croppable = True
     is_sliding = False
     is_compileable = False
@@ -42,7 +48,7 @@ class EvaCacheLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]  # until the first update
         self.is_initialized = False
         self.lengths: tuple[int, ...] = ()
         self.slots = 0
@@ -95,12 +101,11 @@ class EvaCacheLayer(CacheLayerMixin):
         self,
         key_states: Tensor,
         value_states: Tensor,
-        *,
         layout: EvaLayout,
         adaptive_mu_k: Tensor,
         adaptive_phi: Tensor,
         fp32_softmax: bool = True,
-    ) -> tuple[CachedStates, None]:
+    ) -> tuple[WindowStates | SequenceStates, None]:
         """Store the new tokens and return what their queries may read.
 
         Args:
@@ -120,7 +125,7 @@ class EvaCacheLayer(CacheLayerMixin):
             return self._write_in_window(key_states, value_states, layout), None
         self._count_slots(layout)
         if not layout.crosses_window():
-            states = self._write_in_window(key_states, value_states, layout)
+            states: WindowStates | SequenceStates = self._write_in_window(key_states, value_states, layout)
             self.lengths = layout.new_lengths
             self._close_full_windows(layout.past)
         elif layout.uniform:
@@ -129,7 +134,7 @@ class EvaCacheLayer(CacheLayerMixin):
             states = self._write_ragged(key_states, value_states, layout)
         return states, None
 
-    def _write_in_window(self, keys: Tensor, values: Tensor, layout: EvaLayout) -> CachedStates:
+    def _write_in_window(self, keys: Tensor, values: Tensor, layout: EvaLayout) -> WindowStates:
         """Put new tokens behind each row's cached ones."""
         open_tokens, summaries = self.open_tokens, max(self.summaries)
         behind = max(open_tokens) + layout.length
@@ -146,9 +151,9 @@ class EvaCacheLayer(CacheLayerMixin):
             self.keys[row, :, column] = keys.transpose(1, 2)
             self.values[row, :, column] = values.transpose(1, 2)
         view = slice(self.origin - summaries, self.origin + behind)
-        return CachedStates(keys=self.keys[:, :, view], values=self.values[:, :, view])
+        return WindowStates(self.keys[:, :, view], self.values[:, :, view])
 
-    def _write_across_windows(self, keys: Tensor, values: Tensor, layout: EvaLayout) -> CachedStates:
+    def _write_across_windows(self, keys: Tensor, values: Tensor, layout: EvaLayout) -> SequenceStates:
         """Prefill of rows that stand at the same position: close all windows that fill up, keep the rest as open."""
         cached, summaries = self.open_tokens[0], self.summaries[0]
         token_keys, token_values = keys, values
@@ -175,16 +180,16 @@ class EvaCacheLayer(CacheLayerMixin):
         behind = slice(self.origin, self.origin + count - closing)
         self.keys[:, :, front], self.values[:, :, front] = self._newest_first(new_keys), self._newest_first(new_values)
         self.keys[:, :, behind], self.values[:, :, behind] = token_keys[:, :, closing:], token_values[:, :, closing:]
-        return CachedStates(
+        return SequenceStates(
             summary_keys=summary_keys, summary_values=summary_values, token_keys=token_keys, token_values=token_values
         )
 
-    def _write_ragged(self, keys: Tensor, values: Tensor, layout: EvaLayout) -> CachedStates:
+    def _write_ragged(self, keys: Tensor, values: Tensor, layout: EvaLayout) -> SequenceStates:
         """Prefill of rows that differ: each row keeps its last document; attention summarises group by group."""
         open_tokens, summaries = max(self.open_tokens), max(self.summaries)
         open_window = slice(self.origin, self.origin + open_tokens)
         old = slice(self.origin - summaries, self.origin)
-        states = CachedStates(
+        states = SequenceStates(
             summary_keys=self.keys[:, :, old].clone(),
             summary_values=self.values[:, :, old].clone(),
             token_keys=torch.cat((self.keys[:, :, open_window], keys), dim=2),
@@ -267,11 +272,13 @@ class EvaCacheLayer(CacheLayerMixin):
         windows.append((keys.detach().clone(), values.detach().clone()))
 
     def _reserve(self, summaries: int, tokens: int) -> None:
-        """Make room for that many summaries before the origin and tokens behind it, doubling so that copies are rare."""
+        """Make room for so many summaries before the origin and tokens behind it; doubling makes copies rare."""
         behind = self.keys.shape[2] - self.origin
         if summaries <= self.origin and tokens <= behind:
             return
-        new_origin = self.origin if summaries <= self.origin else max(summaries, 2 * self.origin, self.chunks_per_window)
+        new_origin = (
+            self.origin if summaries <= self.origin else max(summaries, 2 * self.origin, self.chunks_per_window)
+        )
         new_behind = behind if tokens <= behind else max(tokens, min(2 * behind, self.window_size), 16)
         more = (0, 0, new_origin - self.origin, new_behind - behind)
         self.keys = torch.nn.functional.pad(self.keys, more)
@@ -289,7 +296,11 @@ class EvaCacheLayer(CacheLayerMixin):
     def _append_padding(self, padding: Tensor | None, count: int) -> None:
         """Count `count` slots more; `padding` bool [B, count] marks those that hold nothing."""
         if self.padding is not None or padding is not None:
-            before = self.padding if self.padding is not None else torch.zeros(len(self.lengths), self.slots, dtype=torch.bool)
+            before = (
+                self.padding
+                if self.padding is not None
+                else torch.zeros(len(self.lengths), self.slots, dtype=torch.bool)
+            )
             after = padding if padding is not None else torch.zeros(len(self.lengths), count, dtype=torch.bool)
             self.padding = torch.cat((before, after), dim=1)
         self.slots += count
@@ -297,7 +308,7 @@ class EvaCacheLayer(CacheLayerMixin):
     # -- going back ----------------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
-        """Set every window that closes aside until the next `crop`, so that `crop` may reach back across all of them."""
+        """Set aside every window that closes until the next `crop`, which may then reach back across all of them."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -347,11 +358,10 @@ class EvaCacheLayer(CacheLayerMixin):
         windows, reopened = self.closed_windows[row], self.lengths[row] // self.window_size - length // self.window_size
         if not reopened:
             return
-        keys = values = None
         for _ in range(min(reopened, len(windows))):
             keys, values = windows.pop()
         count = length % self.window_size
-        if count:
+        if count:  # then the window was set aside, as `_check_kept` made sure
             self._reserve(self.origin, count)
             place = slice(self.origin, self.origin + count)
             self.keys[row, :, place], self.values[row, :, place] = keys[:, :count], values[:, :count]

@@ -54,6 +54,19 @@ class SequenceGroup:
     summaries: Tensor | None
 
 
+@dataclass(frozen=True)
+class DraftTree:
+    """New tokens that are nodes of draft trees, not a chain.
+
+    Attributes:
+        mask: bool [B or 1, N, N] on the host: entry [b, i, j] says that j is i or an ancestor of i.
+        depth: int64 [B or 1, N] on the host; the root's is 0.
+    """
+
+    mask: Tensor
+    depth: Tensor
+
+
 @dataclass
 class EvaLayout:
     """Where the N new tokens of each of B rows stand; see the module's text.
@@ -63,9 +76,7 @@ class EvaLayout:
         past: per row, the number of tokens in the cache.
         valid: None, or bool [B, N] on the host, False at padding.
         sequences: the runs of new tokens, row by row; empty when `uniform`.
-        tree: None, or bool [B or 1, N, N]: the new tokens are nodes of draft trees, not a chain, and entry [b, i, j] says
-            that j is i or an ancestor of i.
-        depth: int64 [B or 1, N], depth of each node, when there is a tree; the root's is 0.
+        tree: None, or the trees whose nodes the new tokens are; every root continues its row's cached sequence.
     """
 
     batch: int
@@ -75,8 +86,7 @@ class EvaLayout:
     past: tuple[int, ...]
     valid: Tensor | None = None
     sequences: list[Sequence] = field(default_factory=list)
-    tree: Tensor | None = None
-    depth: Tensor | None = None
+    tree: DraftTree | None = None
     _groups: dict[torch.device, list[SequenceGroup]] = field(default_factory=dict)
     _masks: dict[tuple[torch.device, torch.dtype], Tensor | None] = field(default_factory=dict)
 
@@ -120,17 +130,16 @@ class EvaLayout:
         return layout
 
     @classmethod
-    def for_tree(
-        cls, tree: Tensor, depth: Tensor, *, window_size: int, chunk_size: int, past: SequenceOf[int]
-    ) -> "EvaLayout":
+    def for_tree(cls, mask: Tensor, *, window_size: int, chunk_size: int, past: SequenceOf[int]) -> "EvaLayout":
         """Layout of N draft nodes per row that continue each row's cached sequence.
 
         Args:
-            tree: bool [B or 1, N, N], row i marks node i and its ancestors.
-            depth: int64 [B or 1, N], the root's is 0.
+            mask: bool [B or 1, N, N], row i marks node i and its ancestors.
             past: tokens per row that the cache holds.
         """
-        return cls(len(past), tree.shape[-1], window_size, chunk_size, tuple(past), tree=tree, depth=depth)
+        mask = mask.cpu()
+        tree = DraftTree(mask, mask.sum(-1) - 1)
+        return cls(len(past), mask.shape[-1], window_size, chunk_size, tuple(past), tree=tree)
 
     @property
     def uniform(self) -> bool:
@@ -149,9 +158,11 @@ class EvaLayout:
 
     def crosses_window(self) -> bool:
         """Whether some row's new tokens reach past the window that is open in the cache, or start a document."""
-        if self.tree is not None and self.depth is not None:
-            reach = (self.depth.amax(-1) + 1).tolist() * (self.batch if self.depth.shape[0] == 1 else 1)
-            return any(past % self.window_size + new > self.window_size for past, new in zip(self.past, reach, strict=True))
+        if self.tree is not None:
+            reach = (self.tree.depth.amax(-1) + 1).tolist() * (self.batch if self.tree.depth.shape[0] == 1 else 1)
+            return any(
+                past % self.window_size + new > self.window_size for past, new in zip(self.past, reach, strict=True)
+            )
         if self.uniform:
             return self.past[0] % self.window_size + self.length > self.window_size
         continued = {sequence.row: sequence.slots.numel() for sequence in self.sequences if sequence.past}
@@ -161,8 +172,8 @@ class EvaLayout:
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 [B or 1, N], each token's position in its own document; 0 at padding."""
-        if self.tree is not None and self.depth is not None:
-            return self.depth.to(device) + torch.tensor(self.past, device=device)[:, None]
+        if self.tree is not None:
+            return self.tree.depth.to(device) + torch.tensor(self.past, device=device)[:, None]
         if self.uniform:
             return torch.arange(self.past[0], self.past[0] + self.length, device=device)[None]
         positions = torch.zeros(self.batch, self.length, dtype=torch.int64)
@@ -231,7 +242,7 @@ class EvaLayout:
     def _visible_among_new(self) -> Tensor:
         """bool [rows or 1, N, N]: which of the new tokens, in the order they are written, each new token sees."""
         if self.tree is not None:
-            return self.tree.cpu()
+            return self.tree.mask
         chain = torch.ones(self.length, self.length, dtype=torch.bool).tril_()[None]
         if self.valid is None:
             return chain
@@ -252,9 +263,7 @@ class EvaLayout:
             by_size = defaultdict(list)
             for sequence in self.sequences:
                 by_size[(bool(sequence.past), self._aligned_length(sequence).bit_length())].append(sequence)
-            self._groups[device] = [
-                self._group(members, open_tokens, stride, device) for members in by_size.values()
-            ]
+            self._groups[device] = [self._group(members, open_tokens, stride, device) for members in by_size.values()]
         return self._groups[device]
 
     def _aligned_length(self, sequence: Sequence) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .eva_layout import EvaLayout
+from .eva_layout import DraftTree, EvaLayout
 
 
 def tree_attention_across_windows(
@@ -18,6 +18,7 @@ def tree_attention_across_windows(
     keys: Tensor,
     values: Tensor,
     layout: EvaLayout,
+    tree: DraftTree,
     summarize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     fp32_softmax: bool,
 ) -> Tensor:
@@ -37,16 +38,15 @@ def tree_attention_across_windows(
         # Only what is this row's own: its summaries, its open tokens, its nodes.
         first = most_summaries - past // layout.window_size * (layout.window_size // layout.chunk_size)
         last = most_summaries + past % layout.window_size + layout.length
-        tree = layout.tree[row if layout.tree.shape[0] > 1 else 0]
-        depth = layout.depth[row if layout.depth.shape[0] > 1 else 0]
+        own_tree = row if tree.mask.shape[0] > 1 else 0
         rows.append(
             _one_row(
                 query[row : row + 1],
                 keys[row : row + 1, :, first:last],
                 values[row : row + 1, :, first:last],
                 past % layout.window_size,
-                tree.to(query.device),
-                depth.to(query.device),
+                tree.mask[own_tree].to(query.device),
+                tree.depth[own_tree].to(query.device),
                 layout,
                 summarize,
                 fp32_softmax,

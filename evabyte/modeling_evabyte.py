@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -56,9 +57,10 @@ class EvaByteRotaryEmbedding(nn.Module):
     def __init__(self, config: EvaByteConfig) -> None:
         super().__init__()
         self.dim = config.head_dim
-        self.base = float(config.rope_parameters["rope_theta"])
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.factor = float(config.rope_parameters.get("factor") or 1.0)
+        rope = config.rope_parameters or {}
+        self.base = float(rope["rope_theta"])
+        self.rope_type = rope["rope_type"]
+        self.factor = float(rope.get("factor") or 1.0)
         self.max_position_embeddings = config.max_position_embeddings
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,15 +133,13 @@ class EvaByteAttention(nn.Module):
         )
         cos, sin = position_embeddings
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        learned = {"adaptive_mu_k": self.adaptive_mu_k, "adaptive_phi": self.adaptive_phi}
-        how = {"backend": self.config._attn_implementation, "fp32_softmax": self.config.mixedp_attn}
+        learned = (self.adaptive_mu_k, self.adaptive_phi)
+        backend, fp32_softmax = self.config._attn_implementation, self.config.mixedp_attn
         if past_key_values is None:
-            output = layout_attention(query, key, value, **learned, layout=layout, **how)
+            output = layout_attention(query, key, value, *learned, layout, backend, fp32_softmax)
         else:
-            states, _ = past_key_values.update(
-                key, value, self.layer_idx, layout=layout, **learned, fp32_softmax=self.config.mixedp_attn
-            )
-            output = cached_attention(query, states, **learned, layout=layout, **how)
+            states, _ = past_key_values.update(key, value, self.layer_idx, layout, *learned, fp32_softmax)
+            output = cached_attention(query, states, *learned, layout, backend, fp32_softmax)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -172,6 +172,39 @@ class EvaBytePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": EvaByteDecoderLayer}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint that does not fit is an error that names what does not.
+
+        Raises:
+            ValueError: for missing weights and weights of another shape; `ignore_mismatched_sizes=True` accepts them as
+                newly initialised.
+            OSError: when a safetensors file is damaged or cut short.
+        """
+        accept = kwargs.pop("ignore_mismatched_sizes", False)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A safetensors file of {pretrained_model_name_or_path} is damaged or cut short ({error}); copy or "
+                "download the folder again."
+            ) from error
+        misfits = [f"{name} (missing)" for name in sorted(info["missing_keys"])]
+        misfits += [
+            f"{name} (shape {tuple(found)}, expected {tuple(expected)})"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ]
+        if misfits and not accept:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold the weights of this {cls.__name__}: "
+                f"{', '.join(misfits[:5])}{f' and {len(misfits) - 5} more' if len(misfits) > 5 else ''}. Check that "
+                "the folder is complete and config.json its own, or pass `ignore_mismatched_sizes=True` to initialise "
+                "these weights newly."
+            )
+        return (model, info) if wants_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -217,8 +250,8 @@ class EvaByteModel(EvaBytePreTrainedModel):
             input_ids: int64 [B, N]; or `inputs_embeds`, [B, N, hidden_size].
             attention_mask: None, or [B, N] or [B, cached slots + N], zero at padding, which may stand anywhere. Every
                 row gives what its real tokens alone would give.
-            position_ids: None, or int64 [B or 1, N]: rotary positions. A document starts wherever they are 0, so rows may
-                pack several. By default each row's real tokens are counted on from what the cache holds of it.
+            position_ids: None, or int64 [B or 1, N]: rotary positions. A document starts wherever they are 0, so rows
+                may pack several. By default each row's real tokens are counted on from what the cache holds of it.
             past_key_values: None, or a `DynamicCache(config=model.config)`.
             draft_tree: None, or bool [B or 1, N, N]: the new tokens are nodes of draft trees, row i marking node i and
                 its ancestors; every row is one tree whose root continues the cache. The cache does not count the nodes
@@ -231,18 +264,11 @@ class EvaByteModel(EvaBytePreTrainedModel):
         Raises:
             ValueError: for missing, empty or out-of-range input, and masks, positions or caches that do not fit it.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            self._check_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if layout is None:
-            layout = self.build_layout(
-                inputs_embeds.shape[:2], attention_mask, position_ids, past_key_values, draft_tree
-            )
-        hidden_states = inputs_embeds
+            layout = self.build_layout(hidden_states.shape, attention_mask, position_ids, past_key_values, draft_tree)
         positions = layout.positions(hidden_states.device)
         totals = layout.totals(torch.device("cpu"))
         if max(layout.new_lengths) > self.config.max_position_embeddings:
@@ -258,26 +284,36 @@ class EvaByteModel(EvaBytePreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The input as embeddings [B, N, hidden_size], whichever way it came."""
+        if input_ids is not None and inputs_embeds is None:
+            self._check_ids(input_ids)
+            return self.embed_tokens(input_ids)
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+
     def _check_ids(self, input_ids: Tensor) -> None:
         if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or input_ids.numel() == 0:
             return  # on an accelerator looking at the ids would stall it at every step
         low, high = input_ids.aminmax()
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
-                f"`input_ids` must lie in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}: encode text with "
-                "`EvaByteTokenizer`, where byte b is id b + 64."
+                f"`input_ids` must lie in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}: encode text "
+                "with `EvaByteTokenizer`, where byte b is id b + 64."
             )
 
     def build_layout(
         self,
-        shape: tuple[int, int],
+        shape: torch.Size,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         draft_tree: Tensor | None = None,
     ) -> EvaLayout:
-        """Check that the arguments of `forward` fit each other and say where each new token stands."""
-        batch, length = shape
+        """Check that the arguments of `forward` fit each other and an input of `shape` [B, N, ...], and say where each
+        new token stands."""
+        batch, length = shape[:2]
         if batch == 0 or length == 0:
             raise ValueError("The input is empty: pass at least one id per row (an empty prompt is the bos id alone).")
         past, slots = None, 0
@@ -295,7 +331,7 @@ class EvaByteModel(EvaBytePreTrainedModel):
                     f"`draft_tree` must have shape {(batch, length, length)} and continue a cache, got "
                     f"{tuple(draft_tree.shape)}{'' if past else ' without one'}."
                 )
-            return EvaLayout.for_tree(draft_tree.cpu(), draft_tree.sum(-1).cpu() - 1, past=past, **sizes)
+            return EvaLayout.for_tree(draft_tree, past=past, **sizes)
         if attention_mask is not None and tuple(attention_mask.shape) not in ((batch, length), (batch, slots + length)):
             raise ValueError(
                 f"`attention_mask` must be 2D, of shape {(batch, slots + length)} (cached and new tokens), got "
@@ -353,10 +389,10 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         """Run the model; see [`EvaByteModel.forward`] for the arguments not listed here.
 
         Args:
-            labels: int64 [B, N] like `input_ids`, -100 ignored, shifted inside: every head learns its own byte, the loss
-                is the mean over heads of each head's mean. No head learns across documents or from padding. Or
-                [B, N, num_pred_heads], where labels[b, t, h] is the target of head h at position t itself (the published
-                layout): the loss is the mean over all labelled pairs.
+            labels: int64 [B, N] like `input_ids`, -100 ignored, shifted inside: every head learns its own byte, the
+                loss is the mean over heads of each head's mean. No head learns across documents or from padding. Or
+                [B, N, num_pred_heads], where labels[b, t, h] is the target of head h at position t itself (the
+                published layout): the loss is the mean over all labelled pairs.
             shift_labels: int64 [B, N], `labels` already shifted by one (as context parallelism passes them).
             logits_to_keep: keep the logits of the last so many positions (0: all), or of the positions in a tensor.
             return_all_pred_logits: return the logits of all heads, [B, N, num_pred_heads, vocab_size].
@@ -365,14 +401,12 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         Raises:
             ValueError: as `EvaByteModel.forward`, and for labels whose shape does not fit.
         """
-        learning = labels is not None or shift_labels is not None
-        if learning:
+        learned = labels if shift_labels is None else shift_labels
+        inputs, layout = input_ids if input_ids is not None else inputs_embeds, None
+        if learned is not None and inputs is not None:
             use_cache = False if use_cache is None else use_cache
-            self._check_labels(labels, shift_labels, input_ids if input_ids is not None else inputs_embeds)
-        layout = None
-        if learning and (input_ids is None) != (inputs_embeds is None):
-            shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-            layout = self.model.build_layout(shape, attention_mask, position_ids, past_key_values, draft_tree)
+            self._check_labels(labels, shift_labels, inputs.shape)
+            layout = self.model.build_layout(inputs.shape, attention_mask, position_ids, past_key_values, draft_tree)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -386,10 +420,15 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         )
         hidden_states = outputs.last_hidden_state
         loss = head_losses = None
-        if learning:
+        if learned is not None:
             logits = self.predict(hidden_states)
-            targets, average = self._targets(labels, shift_labels, layout)
-            loss, head_losses = multibyte_loss(logits, targets, num_items_in_batch, average)
+            published_layout = learned.ndim == 3
+            if not published_layout:
+                document = None if layout is None or layout.uniform else layout.documents()
+                first = 1 if shift_labels is None else 0
+                learned = shift_for_heads(learned, self.config.num_pred_heads, first, document)
+            average = "pairs" if published_layout else "heads"
+            loss, head_losses = multibyte_loss(logits, learned, num_items_in_batch, average)
             logits = logits[:, _kept(logits_to_keep)]
             logits = logits if return_all_pred_logits else logits[:, :, 0]
         else:
@@ -403,7 +442,7 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         )
 
     def predict(self, hidden_states: Tensor, all_heads: bool = True) -> Tensor:
-        """Logits [..., num_pred_heads, vocab_size] of hidden states [..., hidden_size]; or of head 0, [..., vocab_size]."""
+        """Logits [..., num_pred_heads, vocab_size] of hidden states [..., hidden_size]; of head 0 [..., vocab_size]."""
         weight = self.lm_head.weight
         if not all_heads and type(self.lm_head) is nn.Linear and type(weight) is nn.Parameter:
             logits = nn.functional.linear(hidden_states, weight[: self.vocab_size])
@@ -412,32 +451,21 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
             logits = logits if all_heads else logits[..., 0, :]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) if self.config.fp32_logits else logits
 
-    def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> None:
-        if inputs is None:
-            return
-        shape = tuple(inputs.shape[:2])
+    def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:
+        shape = tuple(input_shape[:2])
         heads = self.config.num_pred_heads
         if labels is not None and tuple(labels.shape) not in (shape, (*shape, heads)):
             raise ValueError(f"`labels` must have shape {shape} or {(*shape, heads)}, got {tuple(labels.shape)}.")
         if shift_labels is not None and tuple(shift_labels.shape) != shape:
             raise ValueError(f"`shift_labels` must have shape {shape}, got {tuple(shift_labels.shape)}.")
 
-    def _targets(
-        self, labels: Tensor | None, shift_labels: Tensor | None, layout: EvaLayout | None
-    ) -> tuple[Tensor, str]:
-        """Targets [B, N, num_pred_heads] and how to average over them."""
-        if shift_labels is None and labels is not None and labels.ndim == 3:
-            return labels, "pairs"
-        document = None if layout is None or layout.uniform else layout.documents()
-        if shift_labels is not None:
-            return shift_for_heads(shift_labels, self.config.num_pred_heads, first=0, document=document), "heads"
-        return shift_for_heads(labels, self.config.num_pred_heads, document=document), "heads"
-
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     """The positions whose logits are wanted, as an index."""
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
-        slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return (
+        slice(-logits_to_keep, None)
+        if isinstance(logits_to_keep, int) and logits_to_keep
+        else (slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
     )
 
 

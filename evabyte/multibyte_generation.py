@@ -219,8 +219,8 @@ def multibyte_decoding(
     """The decoding method behind `multi_byte_generate`, for `generate(custom_generate=multibyte_decoding)`.
 
     Called by `generate`, which prepares its arguments. `draft` is "chain", "tree31" or "tree95" (the published trees);
-    `medusa_choices` a tree of one's own, as a list of paths. Returns ids [B, L]; with `return_acc_lengths` also the bytes
-    each forward brought, int64 [B, forwards]; or a [`MultibyteGenerateOutput`] with `return_dict_in_generate`.
+    `medusa_choices` a tree of one's own, as a list of paths. Returns ids [B, L]; with `return_acc_lengths` also the
+    bytes each forward brought, int64 [B, forwards]; or a [`MultibyteGenerateOutput`] with `return_dict_in_generate`.
     """
     if not model_kwargs.get("use_cache", True):
         raise ValueError("Multibyte decoding verifies drafts against a cache: leave `use_cache` at True.")
@@ -383,7 +383,10 @@ class MultibyteGenerationMixin:
         return {**general, **own}
 
     def _validate_generation_mode(
-        self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+        self,
+        generation_mode: GenerationMode,
+        generation_config: GenerationConfig,
+        generation_mode_kwargs: dict[str, Any],
     ) -> None:
         """Refuse modes that multibyte decoding cannot stand in for."""
         super()._validate_generation_mode(  # type: ignore[misc]
@@ -394,5 +397,3 @@ class MultibyteGenerationMixin:
                 f"Multibyte decoding replaces greedy decoding and sampling, not {generation_mode.value}: leave out the "
                 "beams, penalties or assistants that ask for it, or call `generate`."
             )
-
-

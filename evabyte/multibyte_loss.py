@@ -13,13 +13,13 @@ def shift_for_heads(labels: Tensor, num_heads: int, first: int = 1, document: Te
         labels: int64 [B, N]; -100 is ignored.
         num_heads: number of heads.
         first: how far ahead head 0 looks in `labels`: 1, or 0 when they are already shifted by one.
-        document: None, or int64 [B, N], document of each position, negative at padding. No head learns across the border
-            of a document, nor from a padding position.
+        document: None, or int64 [B, N], document of each position, negative at padding. No head learns across the
+            border of a document, nor from a padding position.
 
     Returns:
         int64 [B, N, num_heads], -100 where there is nothing to learn.
     """
-    batch, length = labels.shape
+    length = labels.shape[1]
     padded = nn.functional.pad(labels, (0, num_heads), value=IGNORE)
     targets = torch.stack([padded[:, first + head : first + head + length] for head in range(num_heads)], dim=-1)
     if document is not None:

@@ -206,7 +206,7 @@ class EvaByteTokenizer(PreTrainedTokenizerFast):
             **kwargs,
         )
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any):
+    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
         try:
             return super()._encode_plus(text, text_pair, **kwargs)
         except (TypeError, UnicodeEncodeError) as error:
@@ -231,7 +231,7 @@ class EvaByteTokenizer(PreTrainedTokenizerFast):
         segments = self.iter_segments([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
         return "".join(part if isinstance(part, str) else part.decode("utf-8", errors) for part in segments)
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, errors: str = "ignore", **kwargs: Any):
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, errors: str = "ignore", **kwargs: Any) -> Any:
         """Turn ids into text. A special token that is not skipped ends the run of bytes before it.
 
         Args:

@@ -237,7 +237,7 @@ def test_gradients_flow_through_a_cache():
 
 def test_a_cache_made_for_another_model_is_refused():
     model = tiny_model()
-    with pytest.raises(ValueError, match="DynamicCache\\(config=model.config\\)"):
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model\.config\)"):
         model(random_ids(1, 4), past_key_values=DynamicCache())
     cache = new_cache(model)
     step(model, cache, random_ids(2, 4))

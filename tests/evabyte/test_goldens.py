@@ -176,6 +176,4 @@ def test_padding(backend, with_positions):
                 position_ids=golden[f"in.{row}.position_ids"] if with_positions else None,
             ).logits
         real = logits[:, mask[0].bool()][:, golden[f"in.{row}.positions"]]
-        assert_close(
-            real, golden[f"out.{row}.unpadded_logits"], tolerance["unpadded_logits_atol"], tolerance["rtol"]
-        )
+        assert_close(real, golden[f"out.{row}.unpadded_logits"], tolerance["unpadded_logits_atol"], tolerance["rtol"])
