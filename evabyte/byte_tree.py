@@ -1,16 +1,17 @@
 """Draft trees: several continuations of the same text, verified in one forward.
 
 Node 0 is the root, the byte that was emitted last and that the model has not read yet; a node at depth d drafts the
-d-th byte after it. Trees are given as lists of paths, a path being the rank chosen at each depth: (0, 1) is the second
-most probable byte of the second head after the most probable one of the first.
+d-th byte after it. Parents come before their children.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+
+ROOT, ABSENT = -1, -2  # what stands in `parents` for the root, and for a place that no node fills
 
 Path = tuple[int, ...]
 
@@ -31,17 +32,85 @@ PUBLISHED_TREES = {
 
 
 @dataclass(frozen=True)
-class ByteTree:
-    """The shape of a draft tree; the bytes are filled in from the heads' logits at every step.
+class DraftTrees:
+    """One tree of bytes per row.
 
     Attributes:
-        paths: path of every node but the root, in breadth-first order; the prefix of every path is a path.
+        ids: int64 [B, T], byte id of every node; column 0 is the root.
+        parents: int64 [B or 1, T], node number of every node's parent; `ROOT` at column 0, `ABSENT` where a row has no
+            node (its id is any valid one, and nothing can step to it).
+        max_depth: no node is deeper.
+        sources: None, or which drafter proposed each node, int64 [B or 1, T], for tracing; the root's is 0.
+        known_mask: None, or the mask, where it need not be derived from the parents.
+    """
+
+    ids: Tensor
+    parents: Tensor
+    max_depth: int
+    sources: Tensor | None = None
+    known_mask: Tensor | None = None
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B or 1, T, T]: entry [b, i, j] says that j is i or one of its ancestors."""
+        return ancestor_mask(self.parents, self.max_depth) if self.known_mask is None else self.known_mask
+
+    def with_chains(self, chains: Tensor, lengths: Tensor, source: int) -> "DraftTrees":
+        """The union with one more path per row: bytes that the tree has already are not added again.
+
+        Args:
+            chains: int64 [B, L], bytes that follow the root.
+            lengths: int64 [B], how many of them count.
+            source: number under which the new nodes are traced.
+        """
+        batch, nodes = self.ids.shape
+        parents = self.parents.expand(batch, -1)
+        rows = torch.arange(batch, device=self.ids.device)
+        at = torch.zeros_like(rows)
+        new_parents, new_ids = [], []
+        for step in range(chains.shape[1]):
+            byte, wanted = chains[:, step], step < lengths
+            same = (parents == at[:, None]) & (self.ids == byte[:, None])  # a child of where the chain stands
+            known = same.any(-1) & wanted
+            new_parents.append(torch.where(wanted & ~known, at, ABSENT))
+            new_ids.append(byte)
+            at = torch.where(known, same.to(torch.int8).argmax(-1), torch.where(wanted, nodes + step, at))
+        sources = self.sources if self.sources is not None else torch.zeros_like(parents)
+        added = torch.full_like(chains, source)
+        return DraftTrees(
+            torch.cat((self.ids, torch.stack(new_ids, -1)), dim=1),
+            torch.cat((parents, torch.stack(new_parents, -1)), dim=1),
+            max(self.max_depth, chains.shape[1]),
+            torch.cat((sources.expand(batch, -1), added), dim=1),
+        )
+
+
+def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
+    """bool [B, T, T] from parents [B, T]: who is whose ancestor, each node its own included."""
+    nodes = parents.shape[1]
+    reach = torch.eye(nodes, device=parents.device).repeat(parents.shape[0], 1, 1)
+    reach.scatter_add_(2, parents.clamp(min=0)[..., None], (parents >= 0).float()[..., None])
+    covered = 1
+    while covered < max_depth:  # squaring doubles the distance that is covered
+        reach = (reach @ reach).clamp_(max=1.0)
+        covered *= 2
+    return reach > 0
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """The shape of a static draft tree; ranks of the heads' bytes instead of bytes.
+
+    Attributes:
+        paths: path of every node but the root, in breadth-first order: the rank chosen at each depth, so that (0, 1) is
+            the second most probable byte of the second head after the most probable one of the first. The prefix of
+            every path is a path.
     """
 
     paths: tuple[Path, ...]
 
     @classmethod
-    def from_paths(cls, paths: Iterable[Sequence[int]]) -> "ByteTree":
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> "TreeShape":
         """A tree from a user's list of paths, in any order.
 
         Raises:
@@ -60,7 +129,7 @@ class ByteTree:
         return cls(tuple(ordered))
 
     @classmethod
-    def from_children(cls, counts: Sequence[Sequence[int]]) -> "ByteTree":
+    def from_children(cls, counts: Sequence[Sequence[int]]) -> "TreeShape":
         """A tree from the number of children of each node, depth by depth, node by node; missing counts are 0."""
         paths: list[Path] = []
         level: list[Path] = [()]
@@ -70,70 +139,60 @@ class ByteTree:
         return cls(tuple(paths))
 
     @classmethod
-    def chain(cls, length: int) -> "ByteTree":
+    def chain(cls, length: int) -> "TreeShape":
         """The single path of the most probable byte of each of `length` heads."""
         return cls(tuple((0,) * depth for depth in range(1, length + 1)))
 
-    @classmethod
-    def named(cls, name: str, max_depth: int) -> "ByteTree":
-        """ "chain", "tree31" or "tree95", without the nodes deeper than `max_depth`."""
-        if name == "chain":
-            return cls.chain(max_depth)
-        if name not in PUBLISHED_TREES:
-            raise ValueError(f"`draft` must be 'chain', {', '.join(map(repr, PUBLISHED_TREES))}; got {name!r}.")
-        whole = cls.from_children(PUBLISHED_TREES[name])
-        return cls(tuple(path for path in whole.paths if len(path) <= max_depth))
+    def up_to(self, max_depth: int) -> "TreeShape":
+        """The same tree without the nodes deeper than `max_depth`."""
+        return TreeShape(tuple(path for path in self.paths if len(path) <= max_depth))
 
     @property
     def nodes(self) -> int:
         """Number of nodes, the root included."""
         return len(self.paths) + 1
 
+    @property
+    def max_depth(self) -> int:
+        return max(map(len, self.paths), default=0)
+
+    @property
+    def max_rank(self) -> int:
+        return max((max(path) for path in self.paths), default=0)
+
     @cached_property
     def depths(self) -> Tensor:
         """int64 [nodes]."""
         return torch.tensor([0, *map(len, self.paths)])
 
-    @property
-    def max_depth(self) -> int:
-        return int(self.depths.max())
-
     @cached_property
-    def parents(self) -> list[int]:
-        """Parent of every node, as a list; the root's is -1."""
+    def parents(self) -> Tensor:
+        """int64 [nodes]."""
         number = {(): 0} | {path: node for node, path in enumerate(self.paths, start=1)}
-        return [-1] + [number[path[:-1]] for path in self.paths]
-
-    @cached_property
-    def children(self) -> list[list[int]]:
-        """Children of every node."""
-        children: list[list[int]] = [[] for _ in range(self.nodes)]
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                children[parent].append(node)
-        return children
+        return torch.tensor([ROOT] + [number[path[:-1]] for path in self.paths])
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool [nodes, nodes]: entry [i, j] says that j is i or one of its ancestors."""
-        mask = torch.eye(self.nodes, dtype=torch.bool)
-        for node, parent in enumerate(self.parents[1:], start=1):  # parents come before their children
-            mask[node] |= mask[parent]
-        return mask
+        """bool [1, nodes, nodes]; see `DraftTrees.mask`."""
+        return ancestor_mask(self.parents[None], self.max_depth)
 
-    def fill(self, root: Tensor, head_logits: Tensor) -> Tensor:
-        """Ids of all nodes.
+    def fill(self, root: Tensor, head_logits: Tensor) -> DraftTrees:
+        """This tree with the heads' best bytes.
 
         Args:
             root: int64 [B].
-            head_logits: [B, heads, vocab], of the heads that look beyond the root: entry h drafts depth h + 1.
-
-        Returns:
-            int64 [B, nodes].
+            head_logits: [B, heads, vocab]; entry h drafts depth h + 1.
         """
-        if not self.paths:
-            return root[:, None]
-        ranks = torch.tensor([path[-1] for path in self.paths])
-        best = head_logits[:, : self.max_depth].topk(int(ranks.max()) + 1, dim=-1).indices  # [B, depths, K]
-        drafted = best[:, self.depths[1:] - 1, ranks]
-        return torch.cat((root[:, None], drafted), dim=1)
+        device = root.device
+        ids = root[:, None]
+        if self.paths:
+            ranks = torch.tensor([path[-1] for path in self.paths], device=device)
+            best = head_logits[:, : self.max_depth].topk(self.max_rank + 1, dim=-1).indices  # [B, depths, K]
+            ids = torch.cat((ids, best[:, self.depths[1:].to(device) - 1, ranks]), dim=1)
+        return DraftTrees(ids, self.parents[None].to(device), self.max_depth, known_mask=self.mask.to(device))
+
+
+@cache
+def published_tree(name: str) -> TreeShape:
+    """ "tree95" or "tree31"."""
+    return TreeShape.from_children(PUBLISHED_TREES[name])

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .eva_attention import SequenceStates, WindowStates, summarize_chunks
+from .eva_attention import SequenceStates, WindowStates
 from .eva_layout import EvaLayout
+from .eva_math import summarize_chunks
 
 
 class EvaCacheLayer(CacheLayerMixin):

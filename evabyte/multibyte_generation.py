@@ -1,6 +1,6 @@
-"""Multibyte decoding: draft a tree of bytes, verify it in one forward, commit the path the model itself takes.
+"""Multibyte decoding: draft trees of bytes, verify them in one forward, commit the path the model itself takes.
 
-At each node of the tree the next byte is taken from the processed distribution there exactly as `generate` takes it, by
+At each node of a tree the next byte is taken from the processed distribution there exactly as `generate` takes it, by
 argmax or by one multinomial draw. If a child carries that byte the walk steps to it; if none does, the byte is emitted
 and the walk ends. What is emitted never depends on what was drafted, so decoding is lossless for every sampler: greedy
 output equals `generate`'s, sampled output has its distribution, and at batch size 1 the same seed draws the same bytes.
@@ -13,42 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import (
-    EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
     GenerateDecoderOnlyOutput,
     GenerationConfig,
     GenerationMode,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
     LogitsProcessorList,
-    MaxLengthCriteria,
-    MinPLogitsWarper,
     StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .byte_tree import ByteTree
+from .byte_tree import ROOT, DraftTrees, TreeShape
+from .drafters import DraftContext, Drafter, StaticDrafter, make_drafter
+from .next_byte import GrowingRows, NextByte, TypicalAcceptance
 
-# Processors whose result depends on the scores alone, so that the nodes of a tree may be processed together.
-PREFIX_FREE = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+OWN_ARGUMENTS = ("draft", "draft_nodes", "medusa_choices", "typical", "return_acc_lengths", "return_trace")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward brought to one row.
+
+    Attributes:
+        bytes: ids it emitted; all but the last were drafted, the last is the model's own.
+        sources: for each drafted one, which drafter proposed it (0 the first of a union, 1 the second).
+        drafted: nodes of the row's tree, without the root.
+    """
+
+    bytes: list[int]
+    sources: list[int]
+    drafted: int
 
 
 @dataclass
@@ -58,148 +51,12 @@ class MultibyteGenerateOutput(GenerateDecoderOnlyOutput):
     Attributes:
         sequences: int64 [B, L], prompt and new bytes, padded on the right.
         acc_lengths: int64 [B, forwards], bytes that each forward brought, the prefill's single byte first.
+        trace: with `return_trace`, per row a [`Step`] for every forward that brought it something.
         scores, logits: as `generate` returns them; zero where a row had already ended.
     """
 
     acc_lengths: Tensor | None = None
-
-
-class GrowingRows:
-    """Prompts and the bytes emitted so far, each row at its own length.
-
-    Attributes:
-        ids: int64 [B, capacity]; row b is real up to `lengths[b]`.
-        finished: rows that will not grow any more.
-    """
-
-    def __init__(self, prompt: Tensor, stopping_criteria: StoppingCriteriaList) -> None:
-        self.ids = prompt
-        self.prompt_length = prompt.shape[1]
-        self.lengths = [prompt.shape[1]] * prompt.shape[0]
-        self.finished = [False] * prompt.shape[0]
-        self.eos_ids: set[int] = set()
-        self.max_length: int | None = None
-        self.other_criteria = []
-        for criterion in stopping_criteria:
-            if isinstance(criterion, EosTokenCriteria):
-                self.eos_ids.update(criterion.eos_token_id.tolist())
-            elif isinstance(criterion, MaxLengthCriteria):
-                self.max_length = criterion.max_length
-            else:
-                self.other_criteria.append(criterion)
-
-    @property
-    def active(self) -> list[int]:
-        return [row for row, finished in enumerate(self.finished) if not finished]
-
-    def append(self, row: int, byte: int) -> None:
-        """Emit a byte; the row is finished if a stopping criterion says so, exactly as `generate` would."""
-        length = self.lengths[row]
-        if length == self.ids.shape[1]:
-            self.ids = torch.nn.functional.pad(self.ids, (0, max(64, length // 2)))
-        self.ids[row, length] = byte
-        self.lengths[row] = length + 1
-        self.finished[row] = (
-            byte in self.eos_ids
-            or (self.max_length is not None and length + 1 >= self.max_length)
-            or any(bool(stop(self.ids[row : row + 1, : length + 1], None)) for stop in self.other_criteria)
-        )
-
-    def newest(self, row: int, count: int) -> Tensor:
-        """int64 [count], the last bytes of a row."""
-        return self.ids[row, self.lengths[row] - count : self.lengths[row]]
-
-    def padded(self, pad_token_id: Tensor | None) -> Tensor:
-        """int64 [B, longest row], rows that ended earlier padded on the right."""
-        ids = self.ids[:, : max(self.lengths)].clone()
-        beyond = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(self.lengths, device=ids.device)[:, None]
-        return ids.masked_fill(beyond, 0 if pad_token_id is None else int(pad_token_id))
-
-
-class NextByte:
-    """Takes the next byte of every row from a distribution, as `generate` does."""
-
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool) -> None:
-        self.processors = processors
-        self.do_sample = do_sample
-        self.prefix_free = all(type(processor) in PREFIX_FREE for processor in processors)
-
-    def process(self, logits: Tensor, rows: GrowingRows) -> Tensor:
-        """Processed scores [B, vocab] of raw logits [B, vocab]; processors see each row's true prefix."""
-        if self.prefix_free:
-            return self.processors(rows.ids[:, :1], logits)
-        scores = torch.empty_like(logits)
-        for length in {rows.lengths[row] for row in rows.active}:
-            # All rows are passed, since a processor may go by the row's number; those of other lengths are ignored.
-            processed = self.processors(rows.ids[:, :length], logits.clone())
-            for row in rows.active:
-                if rows.lengths[row] == length:
-                    scores[row] = processed[row]
-        return scores
-
-    def choose(self, scores: Tensor) -> Tensor:
-        """int64 [...], from processed scores [..., vocab]."""
-        if not self.do_sample:
-            return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-
-
-class Record:
-    """Scores and raw logits of every emitted byte, when the caller wants them back."""
-
-    def __init__(self, batch: int, generation_config: GenerationConfig) -> None:
-        wanted = bool(generation_config.return_dict_in_generate)
-        self.scores: list[list[Tensor]] | None = None
-        self.logits: list[list[Tensor]] | None = None
-        if wanted and generation_config.output_scores:
-            self.scores = [[] for _ in range(batch)]
-        if wanted and generation_config.output_logits:
-            self.logits = [[] for _ in range(batch)]
-
-    @property
-    def wanted(self) -> bool:
-        return self.scores is not None or self.logits is not None
-
-    def add(self, row: int, scores: Tensor, logits: Tensor) -> None:
-        if self.scores is not None:
-            self.scores[row].append(scores)
-        if self.logits is not None:
-            self.logits[row].append(logits)
-
-    @staticmethod
-    def steps(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
-        """One [B, vocab] tensor per step, zero where a row had ended."""
-        if rows is None:
-            return None
-        blank = torch.zeros_like(next(row[0] for row in rows if row))
-        longest = max(map(len, rows))
-        return tuple(torch.stack([row[step] if step < len(row) else blank for row in rows]) for step in range(longest))
-
-
-def choose_tree(model: Any, draft: str | None, medusa_choices: Sequence[Sequence[int]] | None) -> ByteTree:
-    """The draft tree a caller asked for, checked against the number of heads.
-
-    Raises:
-        ValueError: when both arguments are given, or the tree is deeper than the model has heads for.
-    """
-    max_depth = model.config.num_pred_heads - 1
-    if medusa_choices is not None:
-        if draft is not None:
-            raise ValueError("Pass `draft` or `medusa_choices`, not both: each names a draft tree.")
-        tree = ByteTree.from_paths(medusa_choices)
-        if tree.max_depth > max_depth:
-            raise ValueError(
-                f"`medusa_choices` is {tree.max_depth} deep, but a model with {model.config.num_pred_heads} prediction "
-                f"heads can draft {max_depth} bytes ahead; leave out the longer paths."
-            )
-        widest = max((max(path) for path in tree.paths), default=0)
-        if widest >= model.config.vocab_size:
-            raise ValueError(f"`medusa_choices` has rank {widest}, but there are {model.config.vocab_size} ids.")
-        return tree
-    if draft is None:
-        # Verifying many nodes is nearly free on an accelerator and is not on a CPU.
-        draft = "chain" if model.device.type == "cpu" else "tree95"
-    return ByteTree.named(draft, max_depth)
+    trace: list[list[Step]] | None = None
 
 
 def multibyte_decoding(
@@ -211,118 +68,321 @@ def multibyte_decoding(
     streamer: BaseStreamer | None = None,
     synced_gpus: bool = False,
     tokenizer: Any = None,
-    draft: str | None = None,
+    draft: str | Drafter | None = None,
+    draft_nodes: int | None = None,
     medusa_choices: Sequence[Sequence[int]] | None = None,
+    typical: TypicalAcceptance | None = None,
     return_acc_lengths: bool = False,
+    return_trace: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor] | MultibyteGenerateOutput:
     """The decoding method behind `multi_byte_generate`, for `generate(custom_generate=multibyte_decoding)`.
 
-    Called by `generate`, which prepares its arguments. `draft` is "chain", "tree31" or "tree95" (the published trees);
-    `medusa_choices` a tree of one's own, as a list of paths. Returns ids [B, L]; with `return_acc_lengths` also the
-    bytes each forward brought, int64 [B, forwards]; or a [`MultibyteGenerateOutput`] with `return_dict_in_generate`.
+    Called by `generate`, which prepares its arguments; `multi_byte_generate` documents the others.
     """
     if not model_kwargs.get("use_cache", True):
         raise ValueError("Multibyte decoding verifies drafts against a cache: leave `use_cache` at True.")
     if streamer is not None and input_ids.shape[0] > 1:
         raise ValueError("`streamer` takes one sequence; rows of a batch advance at different speed.")
-    tree = choose_tree(model, draft, medusa_choices)
-    mask = tree.mask[None].to(model.device)
-    rows = GrowingRows(input_ids, stopping_criteria)
-    next_byte = NextByte(logits_processor, bool(generation_config.do_sample))
-    record = Record(input_ids.shape[0], generation_config)
-    acc_lengths: list[list[int]] = []
+    drafter = _choose_drafter(model, input_ids.shape[0], draft, draft_nodes, medusa_choices)
+    users_cache = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+    cache_leaves = users_cache or bool(generation_config.return_dict_in_generate)
+    run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, drafter, typical, streamer)
+    run.prefill(input_ids, model_kwargs)
+    while model._has_unfinished_sequences(not run.rows.active, synced_gpus, device=input_ids.device):
+        run.step()
+        if not cache_leaves and not synced_gpus:
+            run.drop_finished_rows()
+    return run.result(return_acc_lengths, return_trace)
 
-    outputs = model._prefill(input_ids, generation_config, {**model_kwargs, "return_all_pred_logits": True})
-    cache = outputs.past_key_values
-    logits = outputs.logits[:, -1:].to(torch.float32)  # [B, nodes, heads, vocab]; the prompt's last byte is a lone root
-    nodes = input_ids.new_zeros(input_ids.shape[0], 1)
-    paths = _walk(nodes, [[]], logits, rows, next_byte, record)
-    acc_lengths.append([len(path) for path in paths])
-    _stream(streamer, rows, paths)
-    while rows.active:
-        last = torch.tensor([path[-1] if path else 0 for path in paths], device=logits.device)
-        head_logits = logits[torch.arange(logits.shape[0], device=logits.device), last, 1:]
-        root = torch.stack([rows.newest(row, 1)[0] for row in range(len(paths))])
-        nodes = tree.fill(root, head_logits)
-        outputs = model(input_ids=nodes, draft_tree=mask, past_key_values=cache, return_all_pred_logits=True)
-        logits = outputs.logits.to(torch.float32)
-        paths = _walk(nodes, tree.children, logits, rows, next_byte, record)
-        _commit(cache, paths)
-        acc_lengths.append([len(path) for path in paths])
-        _stream(streamer, rows, paths)
-    if streamer is not None:
-        streamer.end()
 
-    sequences = rows.padded(generation_config._pad_token_tensor)
-    lengths = torch.tensor(acc_lengths).T
-    if generation_config.return_dict_in_generate:
-        return MultibyteGenerateOutput(
-            sequences=sequences,
-            scores=record.steps(record.scores),
-            logits=record.steps(record.logits),
-            past_key_values=cache,
-            acc_lengths=lengths,
+def _choose_drafter(
+    model: Any,
+    batch: int,
+    draft: str | Drafter | None,
+    draft_nodes: int | None,
+    medusa_choices: Sequence[Sequence[int]] | None,
+) -> Drafter:
+    """The drafter a caller asked for, checked against the number of heads."""
+    heads, vocab_size = model.config.num_pred_heads, model.config.vocab_size
+    if medusa_choices is not None:
+        if draft is not None or draft_nodes is not None:
+            raise ValueError("Pass `draft` or `medusa_choices`, not both: each names a draft tree.")
+        shape = TreeShape.from_paths(medusa_choices)
+        if shape.max_depth > heads - 1:
+            raise ValueError(
+                f"`medusa_choices` is {shape.max_depth} deep, but a model with {heads} prediction heads can draft "
+                f"{heads - 1} bytes ahead; leave out the longer paths."
+            )
+        if shape.max_rank >= vocab_size:
+            raise ValueError(f"`medusa_choices` has rank {shape.max_rank}, but there are {vocab_size} ids.")
+        return StaticDrafter(shape)
+    if draft is None or isinstance(draft, str):
+        return make_drafter(draft or "dynamic", heads - 1, model.device, batch, draft_nodes)
+    if not isinstance(draft, Drafter):
+        raise ValueError(f"`draft` must be a name or an object with a `draft` method, got {type(draft).__name__}.")
+    return draft
+
+
+class _Run:
+    """One call of `multibyte_decoding`."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        drafter: Drafter,
+        typical: TypicalAcceptance | None,
+        streamer: BaseStreamer | None,
+    ) -> None:
+        self.model = model
+        self.generation_config = generation_config
+        self.drafter = drafter
+        self.typical = typical
+        self.streamer = streamer
+        self.rows = GrowingRows(input_ids, stopping_criteria)
+        self.next_byte = NextByte(logits_processor, bool(generation_config.do_sample))
+        self.in_batch = list(range(input_ids.shape[0]))  # numbers of the rows that the model still carries
+        self.trace: list[list[Step]] = [[] for _ in self.in_batch]
+        self.steps_of_row: list[list[int]] = []  # per forward, bytes per row
+        self.scores: list[list[Tensor]] | None = None
+        self.raw_logits: list[list[Tensor]] | None = None
+        if generation_config.return_dict_in_generate and generation_config.output_scores:
+            self.scores = [[] for _ in self.in_batch]
+        if generation_config.return_dict_in_generate and generation_config.output_logits:
+            self.raw_logits = [[] for _ in self.in_batch]
+
+    # -- the loop's steps ----------------------------------------------------------------------------------------------
+
+    def prefill(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Read the prompts and emit one byte: the prompt's last byte is the root of a tree without other nodes."""
+        outputs = self.model._prefill(
+            input_ids, self.generation_config, {**model_kwargs, "return_all_pred_logits": True}
         )
-    return (sequences, lengths) if return_acc_lengths else sequences
+        self.cache = outputs.past_key_values
+        device = outputs.logits.device
+        lone_roots = DraftTrees(
+            torch.zeros(len(self.in_batch), 1, dtype=torch.int64, device=device),
+            torch.full((1, 1), ROOT, device=device),
+            0,
+        )
+        self._walk(lone_roots, outputs.logits[:, -1:].float())
 
+    def step(self) -> None:
+        """Draft, verify, commit."""
+        trees = self.drafter.draft(self._context())
+        outputs = self.model(
+            input_ids=trees.ids, draft_tree=trees.mask, past_key_values=self.cache, return_all_pred_logits=True
+        )
+        paths = self._walk(trees, outputs.logits.float())
+        self._commit(paths)
 
-def _walk(
-    nodes: Tensor, children: list[list[int]], logits: Tensor, rows: GrowingRows, next_byte: NextByte, record: Record
-) -> list[list[int]]:
-    """Emit bytes along the path the model takes through each row's tree.
+    def drop_finished_rows(self) -> None:
+        """Let rows that have ended leave the batch, once they are a quarter of it: each goes on costing a forward."""
+        staying = [place for place, row in enumerate(self.in_batch) if not self.rows.finished[row]]
+        if not staying or 4 * len(staying) > 3 * len(self.in_batch):
+            return
+        self.cache.batch_select_indices(torch.tensor(staying))
+        self.head_logits = self.head_logits[staying]
+        self.in_batch = [self.in_batch[place] for place in staying]
 
-    Args:
-        nodes: int64 [B, T], ids of the trees' nodes.
-        logits: [B, T, heads, vocab] at the nodes.
+    def _context(self) -> DraftContext:
+        texts = [self.rows.texts[row] for row in self.in_batch]
+        sampling = self.next_byte.do_sample and self.generation_config.temperature
+        return DraftContext(
+            root=torch.tensor([text[-1] for text in texts], device=self.head_logits.device),
+            head_logits=self.head_logits,
+            texts=texts,
+            rows=self.in_batch,
+            temperature=float(sampling) if sampling else 1.0,
+        )
 
-    Returns:
-        per row the nodes at which a byte was emitted, from the root on; empty for a row that had ended before.
-    """
-    next_logits = logits[:, :, 0]
-    ids = nodes.tolist()
-    paths: list[list[int]] = [[] for _ in ids]
-    at = {row: 0 for row in rows.active}  # where each walk stands
-    greedy_everywhere = None
-    if next_byte.prefix_free and not next_byte.do_sample and not record.wanted:
-        scores = next_byte.process(next_logits.flatten(0, 1), rows).view_as(next_logits)
-        greedy_everywhere = next_byte.choose(scores).tolist()
-    while at:
-        if greedy_everywhere is not None:
-            chosen = {row: greedy_everywhere[row][node] for row, node in at.items()}
+    def _commit(self, paths: list[list[int]]) -> None:
+        """Keep in the cache the nodes at which a byte was emitted: what was read, not what was emitted last."""
+        longest = max(map(len, paths))
+        padded = torch.tensor([path + [0] * (longest - len(path)) for path in paths], dtype=torch.int64)
+        counts = [len(path) for path in paths]
+        for layer in self.cache.layers:
+            layer.commit(padded, counts)
+
+    # -- the walk ------------------------------------------------------------------------------------------------------
+
+    def _walk(self, trees: DraftTrees, logits: Tensor) -> list[list[int]]:
+        """Emit bytes along the path the model takes through each row's tree.
+
+        Args:
+            logits: float32 [B, T, heads, vocab] at the nodes.
+
+        Returns:
+            per row in the batch the nodes at which a byte was emitted, root first; empty for a row that had ended.
+        """
+        if self.next_byte.prefix_free and self.scores is None and self.raw_logits is None:
+            paths = self._walk_at_once(trees, logits[:, :, 0])
         else:
-            places = torch.tensor([at.get(row, 0) for row in range(len(ids))], device=logits.device)
-            here = next_logits[torch.arange(len(ids), device=logits.device), places]
-            scores = next_byte.process(here, rows)
-            walking = list(at)
-            picked = next_byte.choose(scores[walking]).tolist()
-            chosen = dict(zip(walking, picked, strict=True))
-            if record.wanted:
-                for row in walking:
-                    record.add(row, scores[row], here[row])
-        onward = {}
-        for row, byte in chosen.items():
-            node = at[row]
-            paths[row].append(node)
-            rows.append(row, byte)
-            child = next((child for child in children[node] if ids[row][child] == byte), None)
-            if child is not None and not rows.finished[row]:
-                onward[row] = child
-        at = onward
-    return paths
+            paths = self._walk_byte_by_byte(trees, logits[:, :, 0])
+        last = torch.tensor([path[-1] if path else 0 for path in paths], device=logits.device)
+        self.head_logits = logits[torch.arange(len(paths), device=logits.device), last, 1:]
+        self._note(trees, paths)
+        return paths
+
+    def _walk_at_once(self, trees: DraftTrees, logits: Tensor) -> list[list[int]]:
+        """Take the next byte at all nodes in one go, then walk on the host: one synchronisation a step."""
+        batch, nodes = trees.ids.shape
+        scores = self.next_byte.process_nodes(logits)
+        accepted = None
+        if self.typical is not None:
+            probs = scores.softmax(-1)
+            accepted = self.typical.accepts(probs, trees.ids, trees.parents).tolist()
+        draws = None
+        if self.next_byte.do_sample:
+            draws = _NodeDraws(scores, trees)
+            chosen = draws.chosen
+        else:
+            chosen = scores.argmax(-1)
+        on_host = torch.cat((trees.ids, trees.parents.expand(batch, -1), chosen), dim=1).tolist()
+        paths: list[list[int]] = []
+        for place, row in enumerate(self.in_batch):
+            values, path = on_host[place], []
+            if not self.rows.finished[row]:
+                ids, parents, picks = values[:nodes], values[nodes : 2 * nodes], values[2 * nodes :]
+                path = self._walk_row(row, ids, parents, picks, accepted[place] if accepted else None)
+            paths.append(path)
+        if draws is not None and batch == 1:
+            draws.rewind(len(paths[0]))
+        return paths
+
+    def _walk_row(
+        self, row: int, ids: list[int], parents: list[int], picks: list[int], accepted: list[float] | None
+    ) -> list[int]:
+        children = {(parent, byte): node for node, (parent, byte) in enumerate(zip(parents, ids, strict=True))}
+        path, node = [], 0
+        while True:
+            byte = picks[node]
+            if accepted is not None:  # lossy: the most probable accepted child, if there is one
+                best = max(
+                    (n for n, parent in enumerate(parents) if parent == node), key=accepted.__getitem__, default=0
+                )
+                byte = ids[best] if best and accepted[best] > 0 else byte
+            path.append(node)
+            self.rows.append(row, byte)
+            child = children.get((node, byte))
+            if child is None or self.rows.finished[row]:
+                return path
+            node = child
+
+    def _walk_byte_by_byte(self, trees: DraftTrees, logits: Tensor) -> list[list[int]]:
+        """Process the scores of one node of every row after the other, since processors look at the text so far."""
+        ids = trees.ids.tolist()
+        parents = trees.parents.expand_as(trees.ids).tolist()
+        children = [
+            {(parent, byte): node for node, (parent, byte) in enumerate(zip(*row, strict=True))}
+            for row in zip(parents, ids, strict=True)
+        ]
+        paths: list[list[int]] = [[] for _ in self.in_batch]
+        at = {place: 0 for place, row in enumerate(self.in_batch) if not self.rows.finished[row]}
+        while at:
+            places, numbers = list(at), [self.in_batch[place] for place in at]
+            here = logits[places, list(at.values())]
+            scores = self.next_byte.process_rows(here, self.rows, numbers)
+            chosen = self.next_byte.choose(scores).tolist()
+            onward = {}
+            for n, (place, row, byte) in enumerate(zip(places, numbers, chosen, strict=True)):
+                if self.scores is not None:
+                    self.scores[row].append(scores[n])
+                if self.raw_logits is not None:
+                    self.raw_logits[row].append(here[n])
+                paths[place].append(at[place])
+                self.rows.append(row, byte)
+                child = children[place].get((at[place], byte))
+                if child is not None and not self.rows.finished[row]:
+                    onward[place] = child
+            at = onward
+        return paths
+
+    # -- what comes out ------------------------------------------------------------------------------------------------
+
+    def _note(self, trees: DraftTrees, paths: list[list[int]]) -> None:
+        """Write down what the forward brought, and stream it."""
+        counts = [0] * len(self.rows.texts)
+        sources = None if trees.sources is None else trees.sources.expand_as(trees.ids).tolist()
+        drafted = ((trees.parents >= 0).sum(-1)).tolist()
+        for place, (row, path) in enumerate(zip(self.in_batch, paths, strict=True)):
+            counts[row] = len(path)
+            if path:
+                self.trace[row].append(
+                    Step(
+                        bytes=self.rows.texts[row][-len(path) :],
+                        sources=[sources[place][node] if sources else 0 for node in path[1:]],
+                        drafted=drafted[place if len(drafted) > 1 else 0],
+                    )
+                )
+        self.steps_of_row.append(counts)
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(self.rows.texts[0][len(self.rows.texts[0]) - counts[0] :]))
+
+    def result(
+        self, return_acc_lengths: bool, return_trace: bool
+    ) -> Tensor | tuple[Tensor, Tensor] | MultibyteGenerateOutput:
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = self.rows.padded(self.generation_config._pad_token_tensor)
+        lengths = torch.tensor(self.steps_of_row).T
+        if self.generation_config.return_dict_in_generate:
+            return MultibyteGenerateOutput(
+                sequences=sequences,
+                scores=_by_step(self.scores),
+                logits=_by_step(self.raw_logits),
+                past_key_values=self.cache,
+                acc_lengths=lengths,
+                trace=self.trace if return_trace else None,
+            )
+        return (sequences, lengths) if return_acc_lengths else sequences
 
 
-def _commit(cache: Any, paths: list[list[int]]) -> None:
-    """Keep in the cache the nodes at which a byte was emitted: what was read, not what was emitted last."""
-    longest = max(map(len, paths))
-    padded = torch.tensor([path + [0] * (longest - len(path)) for path in paths])
-    for layer in cache.layers:
-        layer.commit(padded, [len(path) for path in paths])
+class _NodeDraws:
+    """One multinomial draw at every node, such that the draws along a path are those `generate` would make.
+
+    torch.multinomial draws exponential noise of the probabilities' shape and takes the largest ratio; here the noise of
+    depth d is shared by all nodes of that depth, of which the walk visits one.
+    """
+
+    def __init__(self, scores: Tensor, trees: DraftTrees) -> None:
+        self.device = scores.device
+        self.state = self._generator().get_state() if scores.shape[0] == 1 else None
+        self.shape = (scores.shape[0], scores.shape[2])
+        probs = scores.softmax(-1)
+        noise = torch.stack([self._noise(probs) for _ in range(trees.max_depth + 1)], dim=1)  # [B, depths, vocab]
+        depth = trees.mask.sum(-1).sub(1).clamp(min=0).expand(scores.shape[:2])
+        rows = torch.arange(scores.shape[0], device=self.device)[:, None]
+        self.chosen = (probs / noise[rows, depth]).argmax(-1)
+        self.probs = probs
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.empty(self.shape, dtype=like.dtype, device=self.device).exponential_()
+
+    def _generator(self) -> torch.Generator:
+        if self.device.type == "cpu":
+            return torch.default_generator
+        module = torch.get_device_module(self.device)
+        return module.default_generators[self.device.index or 0]
+
+    def rewind(self, used: int) -> None:
+        """Leave the random generator as if only the first `used` draws had been made."""
+        self._generator().set_state(self.state)
+        for _ in range(used):
+            self._noise(self.probs)
 
 
-def _stream(streamer: BaseStreamer | None, rows: GrowingRows, paths: list[list[int]]) -> None:
-    if streamer is not None:
-        streamer.put(rows.newest(0, len(paths[0])).cpu())
+def _by_step(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+    """One [B, vocab] tensor per new byte, zero where a row had ended."""
+    if rows is None:
+        return None
+    blank = torch.zeros_like(next(row[0] for row in rows if row))
+    longest = max(map(len, rows))
+    return tuple(torch.stack([row[step] if step < len(row) else blank for row in rows]) for step in range(longest))
 
 
 class MultibyteGenerationMixin:
@@ -331,9 +391,15 @@ class MultibyteGenerationMixin:
     def multi_byte_generate(
         self,
         inputs: Tensor | None = None,
-        draft: str | None = None,
+        draft: str | Drafter | None = None,
+        draft_nodes: int | None = None,
         medusa_choices: Sequence[Sequence[int]] | None = None,
+        sampling: str | None = None,
+        posterior_threshold: float = 0.09,
+        posterior_alpha: float = 0.3,
+        fast: bool | None = None,
         return_acc_lengths: bool = False,
+        return_trace: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor] | MultibyteGenerateOutput:
         """`generate` by multibyte decoding: the same arguments, the same bytes, fewer forwards.
@@ -341,12 +407,19 @@ class MultibyteGenerationMixin:
         Args:
             inputs: int64 [B, N], or `input_ids` / `inputs_embeds` by name; rows may be padded on the left, with an
                 `attention_mask`.
-            draft: "chain" (the best byte of each head), "tree31" or "tree95"; by default a chain on CPU and the larger
-                tree elsewhere.
+            draft: "dynamic" (the default: the most probable nodes by the heads' probabilities), "chain" (the best byte
+                of each head), "tree31" or "tree95" (the published trees), "lookup" (what followed the same bytes
+                earlier in the text), a tree and lookup together as in "dynamic+lookup", or a drafter of one's own.
+            draft_nodes: size of the dynamic tree; by default it goes by device and batch size.
             medusa_choices: a tree of one's own: a list of paths, each the rank chosen at every depth, such as (0, 1).
+            sampling: None for what the generation config says; "nucleus" to sample from the `top_p` (0.8) nucleus;
+                "typical" for Medusa's typical acceptance, with `posterior_threshold` and `posterior_alpha`, which is
+                lossy: its output does not have the model's distribution.
+            temperature: as in `generate`; 0 means greedy.
+            fast: taken and ignored, for callers of the published code.
             return_acc_lengths: return `(ids, lengths)`; `lengths`, int64 [B, forwards], counts the bytes that each
                 forward brought, the prefill's single byte first.
-            temperature: as in `generate`; 0 means greedy.
+            return_trace: with `return_dict_in_generate`, also what was drafted and accepted at every forward.
             **kwargs: everything `generate` takes for greedy decoding and sampling.
 
         Returns:
@@ -359,12 +432,24 @@ class MultibyteGenerationMixin:
         if kwargs.get("temperature") == 0:
             del kwargs["temperature"]
             kwargs["do_sample"] = False
+        elif sampling is not None:
+            kwargs["do_sample"] = True
+        if sampling not in (None, "typical", "nucleus"):
+            raise ValueError(f"`sampling` must be None, 'nucleus' or 'typical' (lossy), got {sampling!r}.")
+        if sampling == "nucleus" and kwargs["do_sample"]:
+            kwargs.setdefault("top_p", 0.8)
+        typical = sampling == "typical" and kwargs["do_sample"]
+        if return_trace and not kwargs.get("return_dict_in_generate"):
+            raise ValueError("`return_trace` comes with `return_dict_in_generate=True`.")
         return self.generate(  # type: ignore[attr-defined]
             inputs,
             custom_generate=multibyte_decoding,
             draft=draft,
+            draft_nodes=draft_nodes,
             medusa_choices=medusa_choices,
+            typical=TypicalAcceptance(posterior_threshold, posterior_alpha) if typical else None,
             return_acc_lengths=return_acc_lengths,
+            return_trace=return_trace,
             **kwargs,
         )
 
@@ -376,11 +461,11 @@ class MultibyteGenerationMixin:
             return super()._extract_generation_mode_kwargs(  # type: ignore[misc]
                 custom_generate, kwargs, synced_gpus, assistant_model, streamer
             )
-        own = {name: kwargs.pop(name) for name in ("draft", "medusa_choices", "return_acc_lengths") if name in kwargs}
+        own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
         general = super()._extract_generation_mode_kwargs(  # type: ignore[misc]
             None, kwargs, synced_gpus, assistant_model, streamer
         )
-        return {**general, **own}
+        return {"draft": None, **general, **own}
 
     def _validate_generation_mode(
         self,
@@ -389,11 +474,14 @@ class MultibyteGenerationMixin:
         generation_mode_kwargs: dict[str, Any],
     ) -> None:
         """Refuse modes that multibyte decoding cannot stand in for."""
-        super()._validate_generation_mode(  # type: ignore[misc]
-            generation_mode, generation_config, generation_mode_kwargs
-        )
-        if "return_acc_lengths" in generation_mode_kwargs and generation_mode not in SUPPORTED_MODES:
+        multibyte = "draft" in generation_mode_kwargs
+        if multibyte and generation_mode not in SUPPORTED_MODES:
             raise ValueError(
                 f"Multibyte decoding replaces greedy decoding and sampling, not {generation_mode.value}: leave out the "
                 "beams, penalties or assistants that ask for it, or call `generate`."
             )
+        if multibyte and generation_config.guidance_scale not in (None, 1):
+            raise ValueError("`guidance_scale` runs the model at every byte; leave it out, or call `generate`.")
+        super()._validate_generation_mode(  # type: ignore[misc]
+            generation_mode, generation_config, generation_mode_kwargs
+        )

@@ -30,6 +30,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from muon import MuonWithAdamW
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -53,7 +54,13 @@ class PretrainArguments:
     chunk_size: int = field(default=16, metadata={"help": "Bytes of a chunk, summarised once its window is closed."})
     pred_heads: int = field(default=8, metadata={"help": "Prediction heads; head h predicts the byte at t + 1 + h."})
     context: int = field(default=2048, metadata={"help": "Tokens of a training row, and of an evaluation row."})
-    head_decay: float = field(default=0.8, metadata={"help": "Ratio between the loss weights of consecutive heads."})
+    init_std: float = field(default=0.05, metadata={"help": "Standard deviation of the initial weights."})
+    optimizer: str = field(
+        default="muon",
+        metadata={"help": "Muon for the matrices and AdamW for the rest, or AdamW.", "choices": ["muon", "adamw"]},
+    )
+    matrix_learning_rate: float = field(default=0.02, metadata={"help": "Peak learning rate of Muon's matrices."})
+    head_decay: float = field(default=0.7, metadata={"help": "Ratio between the loss weights of consecutive heads."})
     schedule: str = field(
         default="cosine", metadata={"help": "Learning rate after warm-up.", "choices": ["cosine", "wsd"]}
     )
@@ -187,6 +194,19 @@ class BytePretrainer(Trainer):
         loss = (self.head_weights * outputs.head_losses).sum()
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self.options.optimizer == "muon":
+            decoder = {name: p for name, p in self.model.named_parameters() if ".layers." in name and p.ndim == 2}
+            self.optimizer = MuonWithAdamW(
+                decoder.values(),
+                (p for name, p in self.model.named_parameters() if name not in decoder),
+                matrix_learning_rate=self.options.matrix_learning_rate,
+                learning_rate=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+            )
+        return super().create_optimizer(model)
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weight matrices decay; norms, embeddings and the adaptive vectors of EVA do not."""
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -276,6 +296,7 @@ def new_model(options: PretrainArguments) -> EvaByteForCausalLM:
         chunk_size=options.chunk_size,
         num_pred_heads=options.pred_heads,
         max_position_embeddings=32768,
+        initializer_range=options.init_std,
         rope_theta=100000.0,
     )
     return EvaByteForCausalLM(config)
@@ -342,8 +363,8 @@ def parse_arguments() -> tuple[PretrainArguments, TrainingArguments]:
     parser.set_defaults(
         output_dir="runs/pretrain",
         per_device_train_batch_size=4,
-        learning_rate=2e-3,
-        warmup_steps=100,
+        learning_rate=4e-3,
+        warmup_steps=50,
         adam_beta1=0.9,
         adam_beta2=0.98,
         weight_decay=0.1,

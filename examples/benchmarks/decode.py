@@ -34,7 +34,7 @@ from evabyte import EvaByteForCausalLM, EvaByteTokenizer
 from evabyte.bundled import bundled_checkpoint
 
 PLAIN = "generate"
-DRAFTS = ("chain", "tree31", "tree95")
+DRAFTS = ("chain", "dynamic", "tree31", "tree95")
 
 
 class PromptBatch(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from goldens_io import assert_close, load_golden
 
 from evabyte import eva_attention
-from evabyte.eva_attention import summarize_chunks
+from evabyte.eva_math import summarize_chunks
 
 BACKENDS = ["naive", "sdpa"]
 

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from tiny import pad_left, random_ids, tiny_model
 from transformers import StoppingCriteria, TextStreamer
 
-from evabyte.byte_tree import ByteTree
+from evabyte.byte_tree import TreeShape, published_tree
 from evabyte.multibyte_generation import multibyte_decoding
 
 
 def test_trees_of_the_reference():
     golden = load_golden("multibyte_w256_c8")
     for name, facts in golden.facts["trees"].items():
-        tree = ByteTree.from_paths(facts["choices"])
-        assert torch.equal(tree.mask.to(torch.uint8), golden[f"out.tree.{name}.medusa_attn_mask"][0, 0])
+        tree = TreeShape.from_paths(facts["choices"])
+        assert torch.equal(tree.mask.to(torch.uint8), golden[f"out.tree.{name}.medusa_attn_mask"][0])
         assert torch.equal(tree.depths, golden[f"out.tree.{name}.medusa_position_ids"][0])
-    assert ByteTree.named("tree95", 7) == ByteTree.from_paths(golden.facts["trees"]["tree95"]["choices"])
-    assert ByteTree.named("tree31", 7) == ByteTree.from_paths(golden.facts["trees"]["tree31"]["choices"])
+    assert published_tree("tree95") == TreeShape.from_paths(golden.facts["trees"]["tree95"]["choices"])
+    assert published_tree("tree31") == TreeShape.from_paths(golden.facts["trees"]["tree31"]["choices"])
 
 
 def test_runs_of_the_reference():
@@ -45,7 +45,7 @@ def test_runs_of_the_reference():
 
 
 paths = st.integers(0, 10_000).map(
-    lambda seed: ByteTree.from_paths(_random_paths(torch.Generator().manual_seed(seed))).paths
+    lambda seed: TreeShape.from_paths(_random_paths(torch.Generator().manual_seed(seed))).paths
 )
 
 
@@ -63,7 +63,7 @@ def _random_paths(generator):
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     count=st.integers(1, 40),
-    tree=st.one_of(st.sampled_from(["chain", "tree31", "tree95", None]), paths),
+    tree=st.one_of(st.sampled_from(["chain", "tree31", "tree95", "dynamic", "lookup", "dynamic+lookup", None]), paths),
     sizes=st.sampled_from([(16, 4), (6, 3), (4, 2)]),
     eos=st.lists(st.integers(64, 319), max_size=60),
 )
@@ -80,7 +80,7 @@ def test_greedy_equals_generate(lengths, count, tree, sizes, eos):
     length=st.integers(1, 30),
     count=st.integers(1, 30),
     seed=st.integers(0, 1000),
-    tree=st.sampled_from(["chain", "tree31"]),
+    tree=st.sampled_from(["chain", "tree31", "dynamic", "dynamic+lookup"]),
     warpers=st.sampled_from(
         [
             {},

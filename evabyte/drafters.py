@@ -1,0 +1,208 @@
+"""Drafters: what a byte-level model might write next, as trees.
+
+A drafter sees the last forward's outputs and the bytes so far, and proposes a tree per row; it knows nothing of the
+model, and whatever it proposes, the decoded bytes are the model's own. Any object with a `draft` method serves.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .byte_tree import PUBLISHED_TREES, ROOT, DraftTrees, TreeShape, published_tree
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at.
+
+    Attributes:
+        root: int64 [B], the byte emitted last, which the model has not read yet.
+        head_logits: [B, heads, vocab], logits at the byte before the root of the heads that look beyond it: entry h
+            predicts the byte h + 1 after the root. No heads for a model with one.
+        texts: per row the ids so far, prompt first, root last, as lists on the host.
+        rows: per row its number in the batch as it was passed; finished rows may have left.
+        temperature: of sampling, 1.0 when decoding greedily.
+    """
+
+    root: Tensor
+    head_logits: Tensor
+    texts: list[list[int]]
+    rows: list[int]
+    temperature: float = 1.0
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes trees. A drafter that keeps state between steps goes by `DraftContext.rows`, and serves one run."""
+
+    def draft(self, context: DraftContext) -> DraftTrees:
+        """One tree per row of `context.root`."""
+        ...
+
+
+@dataclass
+class StaticDrafter:
+    """A tree of one shape, filled with the most probable bytes of each head."""
+
+    shape: TreeShape
+
+    def draft(self, context: DraftContext) -> DraftTrees:
+        return self.shape.fill(context.root, context.head_logits)
+
+
+@cache
+def _rank_pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pairs (i, r) that can be among the best `width` sums a_i + b_r of sorted lists: (i + 1) * (r + 1) <= width."""
+    i, r = torch.meshgrid(torch.arange(width), torch.arange(width), indexing="ij")
+    keep = (i + 1) * (r + 1) <= width
+    return i[keep].to(device), r[keep].to(device)
+
+
+@dataclass
+class DynamicDrafter:
+    """The `nodes` most probable nodes, by the product of the heads' probabilities along each path.
+
+    The heads are independent given the text, so a path's probability is that product (as in EAGLE-2's dynamic trees,
+    arXiv 2406.16858, where a draft model conditions on the path). A path is never more probable than its prefix, so
+    the best nodes form a tree.
+    """
+
+    nodes: int
+
+    def draft(self, context: DraftContext) -> DraftTrees:
+        batch, depths = context.head_logits.shape[:2]
+        device = context.root.device
+        parents = torch.full((batch, 1), ROOT, device=device)
+        if depths == 0:
+            return DraftTrees(context.root[:, None], parents, 0)
+        log_probs = (context.head_logits / context.temperature).log_softmax(-1)
+        width = min(self.nodes, log_probs.shape[-1])
+        best, ids = log_probs.topk(width, dim=-1)  # [B, depths, width]
+        above, rank = _rank_pairs(width, device)
+        # Depth by depth the best paths of that length, each with its place in the level above.
+        scores, level_ids, level_parents = [best[:, 0]], [ids[:, 0]], [torch.zeros_like(ids[:, 0])]
+        for depth in range(1, depths):
+            level, chosen = (scores[-1][:, above] + best[:, depth, rank]).topk(width, dim=-1)
+            scores.append(level)
+            level_ids.append(ids[:, depth].gather(1, rank[chosen]))
+            level_parents.append(above[chosen])
+        # Of all levels the best; the stable order keeps a parent before its children, even at equal scores.
+        order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True).indices
+        kept = order[:, : self.nodes]
+        numbers = torch.arange(order.shape[1], device=device)
+        node = torch.empty_like(order).scatter_(1, order, (numbers + 1).expand_as(order))
+        parent_place = (numbers // width - 1).clamp(min=0) * width + torch.cat(level_parents, dim=1)
+        parent = torch.where(numbers < width, 0, node.gather(1, parent_place))
+        return DraftTrees(
+            torch.cat((context.root[:, None], torch.cat(level_ids, dim=1).gather(1, kept)), dim=1),
+            torch.cat((parents, parent.gather(1, kept)), dim=1),
+            depths,
+        )
+
+
+@dataclass
+class LookupDrafter:
+    """The continuation of the longest suffix of the text that occurred in it before (prompt lookup, on bytes).
+
+    Strong where text is copied: code, edits, quotations. Costs no forward and no training.
+
+    Attributes:
+        length: bytes proposed at most.
+        suffixes: lengths of suffix that are looked for, longest first.
+    """
+
+    length: int = 24
+    suffixes: tuple[int, ...] = (24, 16, 12, 8, 6, 4)
+    _seen: dict[int, list[dict[tuple[int, ...], int]]] = field(default_factory=dict)
+    _read: dict[int, int] = field(default_factory=dict)
+
+    def continuation(self, row: int, text: list[int]) -> list[int]:
+        """Up to `length` bytes that followed the longest known suffix of `text`."""
+        tables = self._seen.setdefault(row, [{} for _ in self.suffixes])
+        # Every suffix that ends before the last byte is known by the place that follows it.
+        for end in range(self._read.get(row, 1), len(text)):
+            for size, table in zip(self.suffixes, tables, strict=True):
+                if size <= end:
+                    table[tuple(text[end - size : end])] = end
+        self._read[row] = max(len(text), 1)
+        for size, table in zip(self.suffixes, tables, strict=True):
+            if size <= len(text):
+                place = table.get(tuple(text[-size:]))
+                if place is not None:
+                    return text[place : place + self.length]
+        return []
+
+    def chains(self, context: DraftContext) -> tuple[Tensor, Tensor]:
+        """Continuations int64 [B, L] and their lengths [B]."""
+        found = [self.continuation(row, text) for row, text in zip(context.rows, context.texts, strict=True)]
+        longest = max(map(len, found))
+        padded = torch.tensor([bytes_ + [0] * (longest - len(bytes_)) for bytes_ in found], dtype=torch.int64)
+        lengths = torch.tensor([len(bytes_) for bytes_ in found])
+        return padded.to(context.root.device), lengths.to(context.root.device)
+
+    def draft(self, context: DraftContext) -> DraftTrees:
+        lone_roots = DraftTrees(context.root[:, None], torch.full_like(context.root[:, None], ROOT), 0)
+        chains, lengths = self.chains(context)
+        return lone_roots.with_chains(chains, lengths, source=0) if chains.shape[1] else lone_roots
+
+
+@dataclass
+class UnionDrafter:
+    """One tree from several drafters, without siblings that carry the same byte.
+
+    Attributes:
+        first: the drafter whose tree is the base.
+        second: a drafter of chains, added to it.
+    """
+
+    first: Drafter
+    second: LookupDrafter
+
+    def draft(self, context: DraftContext) -> DraftTrees:
+        trees = self.first.draft(context)
+        chains, lengths = self.second.chains(context)
+        return trees.with_chains(chains, lengths, source=1) if chains.shape[1] else trees
+
+
+def default_nodes(device: torch.device, batch: int) -> int:
+    """Nodes of a dynamic tree. On an accelerator about 256 tokens a forward are nearly free; a CPU pays for each."""
+    return max(8, min(64, 256 // batch)) if device.type != "cpu" else max(4, 16 // batch)
+
+
+def make_drafter(name: str, max_depth: int, device: torch.device, batch: int, nodes: int | None = None) -> Drafter:
+    """The drafter called `name`.
+
+    Args:
+        name: "chain", "tree31", "tree95", "dynamic" or "lookup", or one of the first four + "lookup", as in
+            "dynamic+lookup".
+        max_depth: how far ahead the heads draft.
+        nodes: size of a dynamic tree, without the root; None to go by device and batch size.
+
+    Raises:
+        ValueError: for another name, or `nodes` with a drafter that has a size of its own.
+    """
+    base, _, other = name.partition("+")
+    if nodes is not None and base != "dynamic":
+        raise ValueError(f"`draft_nodes` is the size of a dynamic tree; leave it out with draft={name!r}.")
+    if nodes is not None and nodes < 1:
+        raise ValueError(f"`draft_nodes` must be at least 1, got {nodes}.")
+    drafter: Drafter
+    if base == "chain":
+        drafter = StaticDrafter(TreeShape.chain(max_depth))
+    elif base in PUBLISHED_TREES:
+        drafter = StaticDrafter(published_tree(base).up_to(max_depth))
+    elif base == "dynamic":
+        drafter = DynamicDrafter(default_nodes(device, batch) if nodes is None else nodes)
+    elif base == "lookup" and not other:
+        return LookupDrafter()
+    else:
+        known = ", ".join(repr(known) for known in ("chain", *PUBLISHED_TREES, "dynamic", "lookup"))
+        raise ValueError(f"`draft` must be {known}, one of these + 'lookup', or a drafter; got {name!r}.")
+    if other == "lookup":
+        return UnionDrafter(drafter, LookupDrafter())
+    if other:
+        raise ValueError(f"`draft` can add 'lookup' to a tree of the heads, as in 'dynamic+lookup'; got {name!r}.")
+    return drafter
