@@ -90,7 +90,8 @@ class GrowingRows:
         """The texts as one tensor, [B, at least the longest text]."""
         longest = max(map(len, self.texts))
         if longest > self._ids.shape[1]:
-            self._ids = torch.nn.functional.pad(self._ids, (0, max(64, longest // 2)))
+            more = max(longest - self._ids.shape[1], longest // 2)
+            self._ids = torch.nn.functional.pad(self._ids, (0, more))
         for row, text in enumerate(self.texts):
             if self._written[row] < len(text):
                 new = torch.tensor(text[self._written[row] :], device=self._ids.device)
