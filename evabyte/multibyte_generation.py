@@ -147,6 +147,7 @@ class _Run:
         self.next_byte = NextByte(logits_processor, bool(generation_config.do_sample))
         self.in_batch = list(range(input_ids.shape[0]))  # numbers of the rows that the model still carries
         self.trace: list[list[Step]] = [[] for _ in self.in_batch]
+        self.head_logits: Tensor  # [B, heads, vocab] where the last walk ended, of the heads that look beyond its byte
         self.steps_of_row: list[list[int]] = []  # per forward, bytes per row
         self.scores: list[list[Tensor]] | None = None
         self.raw_logits: list[list[Tensor]] | None = None
@@ -351,7 +352,7 @@ class _NodeDraws:
 
     def __init__(self, scores: Tensor, trees: DraftTrees) -> None:
         self.device = scores.device
-        self.state = self._generator().get_state() if scores.shape[0] == 1 else None
+        self.state = self._generator().get_state()
         self.shape = (scores.shape[0], scores.shape[2])
         probs = scores.softmax(-1)
         noise = torch.stack([self._noise(probs) for _ in range(trees.max_depth + 1)], dim=1)  # [B, depths, vocab]

@@ -10,14 +10,14 @@ import torch
 from tiny import fresh_model
 from transformers import DynamicCache
 
-from evabyte import EvaByteTokenizer, __version__, cli_generate
+from evabyte import EvaByteTokenizer, __version__
 from evabyte.bundled import bundled_checkpoint
-from evabyte.cli import INTERRUPTED, PIPE_CLOSED, main
-from evabyte.cli_chat import Chat
-from evabyte.cli_decode import Generation
-from evabyte.cli_demo import compare
-from evabyte.cli_info import cache_bytes
-from evabyte.cli_output import CYAN, MAGENTA, RESET, ForwardStreamer, wants_colour
+from evabyte.cli import INTERRUPTED, PIPE_CLOSED, generate, main
+from evabyte.cli.chat import Chat
+from evabyte.cli.decode import Generation
+from evabyte.cli.demo import compare
+from evabyte.cli.info import cache_bytes
+from evabyte.cli.output import CYAN, MAGENTA, RESET, ForwardStreamer, wants_colour
 
 TOKENIZER = EvaByteTokenizer()
 MODEL = fresh_model(window_size=32, chunk_size=4, num_pred_heads=8)
@@ -56,12 +56,21 @@ def continuation(ids, **arguments):
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [[], ["--draft", "tree31"], ["--byte-by-byte"]])
+@pytest.mark.parametrize("how", [[], ["--draft", "tree31"], ["--draft", "lookup"], ["--byte-by-byte"]])
 def test_generate_writes_the_models_continuation(folder, capsys, how):
     assert main(["generate", PROMPT, "--model", folder, *GREEDY, *how]) == 0
     written = capsys.readouterr()
     assert written.out == continuation(TOKENIZER.encode(PROMPT), max_new_tokens=60)
     assert re.fullmatch(r"60 bytes in [\d.]+ s \(\d+ bytes/s\), \d+ forwards, [\d.]+ bytes per forward\n", written.err)
+
+
+def test_trace_accounts_for_every_byte(folder, capsys):
+    assert main(["generate", PROMPT, "--model", folder, *GREEDY, "--trace", "--draft", "dynamic+lookup"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    steps = [[int(number) for number in line.split(maxsplit=4)[:4]] for line in lines[1:-1]]
+    assert [step[0] for step in steps] == list(range(len(steps)))
+    assert sum(heads + lookup + 1 for _, _, heads, lookup in steps) == 60 and f"{len(steps)} forwards" in lines[-1]
+    assert all(heads + lookup <= drafted for _, drafted, heads, lookup in steps)
 
 
 def test_byte_by_byte_takes_a_forward_for_each_byte(folder, capsys):
@@ -140,7 +149,7 @@ def test_a_character_has_the_colour_of_the_forward_that_completed_it():
 
 
 def test_ctrl_c_ends_a_text_and_counts_it(folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli_generate, "ForwardStreamer", impatient_streamer(forwards=5))
+    monkeypatch.setattr(generate, "ForwardStreamer", impatient_streamer(forwards=5))
     assert main(["generate", PROMPT, "--model", folder, *GREEDY, "--byte-by-byte"]) == INTERRUPTED
     written = capsys.readouterr()
     assert written.out == continuation(TOKENIZER.encode(PROMPT), max_new_tokens=5)
@@ -236,7 +245,7 @@ def test_cache_bytes_is_what_a_cache_holds(context):
 
 
 def test_demo(folder, capsys, monkeypatch):
-    monkeypatch.setattr("evabyte.cli_model.bundled_checkpoint", lambda: folder)
+    monkeypatch.setattr("evabyte.cli.model.bundled_checkpoint", lambda: folder)
     assert main(["demo", PROMPT, "-n", "40"]) == 0
     out = capsys.readouterr().out
     assert "The same 40 bytes; multibyte decoding was" in out

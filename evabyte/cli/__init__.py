@@ -1,6 +1,6 @@
 """The command line: `evabyte generate`, `chat`, `info` and `demo`.
 
-This file knows the options; what a command does is in the module `cli_<command>`, imported when it runs.
+This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
 
 import argparse
@@ -60,8 +60,9 @@ def _draft_options() -> OneLineParser:
     options = OneLineParser(add_help=False)
     options.add_argument(
         "--draft",
-        choices=["chain", "tree31", "tree95"],
-        help="bytes drafted ahead per forward; changes the speed only (default: chain on CPU, else tree95)",
+        choices=["dynamic", "chain", "tree31", "tree95", "lookup", "dynamic+lookup"],
+        default="dynamic",
+        help="what is tried ahead of each forward; changes the speed only (default: %(default)s)",
     )
     return options
 
@@ -107,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue a text",
         description="Continue a text. Only the continuation goes to standard output, without a newline of its own when "
         "that is not a terminal. On a terminal the colour changes with each forward of the model.",
+    )
+    generate.add_argument(
+        "--trace", action="store_true", help="afterwards, what each forward drafted and brought, on standard error"
     )
     generate.add_argument(
         "prompt", nargs="?", help="the text; by default, or for -, standard input as it is, newline at the end included"
@@ -163,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
-        from . import __version__
+        from .. import __version__
 
         print(f"evabyte {__version__}")
         return 0
@@ -173,10 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a substitute
 
-    from .cli_model import CommandError
+    from .model import CommandError
 
     try:
-        status = importlib.import_module(f".cli_{options.command}", __package__).run(options)
+        status = importlib.import_module(f".{options.command}", __package__).run(options)
         sys.stdout.flush()
     except CommandError as error:
         print(f"evabyte {options.command}: {error}", file=sys.stderr)

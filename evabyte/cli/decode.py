@@ -2,15 +2,16 @@
 
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from .cli_output import ForwardStreamer
-from .modeling_evabyte import EvaByteForCausalLM
-from .tokenization_evabyte import EvaByteTokenizer
+from ..modeling_evabyte import EvaByteForCausalLM
+from ..multibyte_generation import Step
+from ..tokenization_evabyte import EvaByteTokenizer
+from .output import ForwardStreamer
 
 
 @dataclass
@@ -21,12 +22,14 @@ class Generation:
         ids: the new ids.
         forwards, seconds: what they took, the prompt included.
         cache: has read the prompt and all new ids but the last; None when Ctrl-C ended the run.
+        trace: what every forward of multibyte decoding brought; empty byte by byte.
     """
 
     ids: list[int]
     forwards: int
     seconds: float
     cache: Cache | None
+    trace: list[Step] = field(default_factory=list)
 
     @property
     def interrupted(self) -> bool:
@@ -79,15 +82,16 @@ def decode(
     """
     inputs = torch.tensor([prompt], device=model.device)
     arguments |= {"attention_mask": torch.ones_like(inputs), "streamer": streamer, "return_dict_in_generate": True}
-    cache = None
+    cache, trace = None, []
     start = time.perf_counter()
     try:
         output: Any
         if byte_by_byte:
             output = model.generate(inputs, **arguments)
         else:
-            output = model.multi_byte_generate(inputs, draft=draft, **arguments)
+            output = model.multi_byte_generate(inputs, draft=draft, return_trace=True, **arguments)
+            trace = output.trace[0]
         cache = output.past_key_values
     except KeyboardInterrupt:
         streamer.end()
-    return Generation(streamer.ids, streamer.forwards, time.perf_counter() - start, cache)
+    return Generation(streamer.ids, streamer.forwards, time.perf_counter() - start, cache, trace)

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from .cli_decode import Generation, decode, sampling_arguments, set_seed
-from .cli_model import end_ids, load_model
-from .cli_output import ForwardStreamer, dim
-from .modeling_evabyte import EvaByteForCausalLM
-from .tokenization_evabyte import EvaByteTokenizer
+from ..modeling_evabyte import EvaByteForCausalLM
+from ..tokenization_evabyte import EvaByteTokenizer
+from .decode import Generation, decode, sampling_arguments, set_seed
+from .model import end_ids, load_model
+from .output import ForwardStreamer, dim
 
 END_OF_TURN = "<|eot_id|>"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
 
-from .cli_model import CommandError, find_model, first_line, load_config
-from .configuration_evabyte import EvaByteConfig
+from ..configuration_evabyte import EvaByteConfig
+from .model import CommandError, find_model, first_line, load_config
 
 CONTEXTS = (2048, 8192, 32768)
 # Names and bytes of the number formats that weights come in, by safetensors' own names.

@@ -6,9 +6,9 @@ import sys
 from argparse import Namespace
 from itertools import takewhile
 
-from .cli_decode import Generation, decode
-from .cli_model import load_model
-from .cli_output import ForwardStreamer, dim, wants_colour
+from .decode import Generation, decode
+from .model import load_model
+from .output import ForwardStreamer, dim, wants_colour
 
 PROMPT = "The President of the United States"
 

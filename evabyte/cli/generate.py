@@ -4,9 +4,11 @@ import os
 import sys
 from argparse import Namespace
 
-from .cli_decode import decode, sampling_arguments, set_seed
-from .cli_model import load_model
-from .cli_output import ForwardStreamer, dim, wants_colour
+from ..multibyte_generation import Step
+from ..tokenization_evabyte import EvaByteTokenizer
+from .decode import decode, sampling_arguments, set_seed
+from .model import load_model
+from .output import ForwardStreamer, dim, wants_colour
 
 
 def run(options: Namespace) -> int:
@@ -23,10 +25,22 @@ def run(options: Namespace) -> int:
     result = decode(model, ids, streamer, options.byte_by_byte, options.draft, **arguments)
     if streamer.to_terminal:
         print(flush=True)
+    if options.trace:
+        print(trace_lines(result.trace, tokenizer), file=sys.stderr)
     print(dim(result.summary(), sys.stderr), file=sys.stderr)
     if result.interrupted:
         raise KeyboardInterrupt
     return 0
+
+
+def trace_lines(trace: list[Step], tokenizer: EvaByteTokenizer) -> str:
+    """A line per forward: the bytes it brought, how many of them were drafted by whom, and where the draft failed."""
+    lines = ["forward  drafted  heads  lookup  bytes (the last one is the model's own)"]
+    for number, step in enumerate(trace):
+        heads, lookup = step.sources.count(0), step.sources.count(1)
+        written = tokenizer.decode_bytes(step.bytes, skip_special_tokens=False)
+        lines.append(f"{number:7}  {step.drafted:7}  {heads:5}  {lookup:6}  {written!r}")
+    return "\n".join(lines)
 
 
 def read_prompt(argument: str | None) -> bytes:

@@ -10,10 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .bundled import bundled_checkpoint
-from .configuration_evabyte import EvaByteConfig
-from .modeling_evabyte import EvaByteForCausalLM
-from .tokenization_evabyte import EvaByteTokenizer
+from ..bundled import bundled_checkpoint
+from ..configuration_evabyte import EvaByteConfig
+from ..modeling_evabyte import EvaByteForCausalLM
+from ..tokenization_evabyte import EvaByteTokenizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)

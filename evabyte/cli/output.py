@@ -4,8 +4,8 @@ import os
 from itertools import cycle
 from typing import Any, TextIO
 
-from .byte_streamer import ByteStreamer
-from .tokenization_evabyte import EvaByteTokenizer
+from ..byte_streamer import ByteStreamer
+from ..tokenization_evabyte import EvaByteTokenizer
 
 CYAN, MAGENTA, DIM, RESET = "\x1b[36m", "\x1b[35m", "\x1b[2m", "\x1b[0m"
 # A model may write any character, and a terminal obeys some: those of control, but for \n and \t, are shown instead.
