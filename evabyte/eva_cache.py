@@ -21,6 +21,29 @@ from .eva_layout import EvaLayout
 from .eva_math import summarize_chunks
 
 
+class KeptPaths:
+    """The nodes to keep of the draft trees written last, the same for all layers.
+
+    Args:
+        paths: per row the nodes of one path, root first; empty to keep nothing.
+
+    Attributes:
+        counts: nodes to keep per row.
+        nodes: int64 [B, longest path].
+        in_place: the nodes to keep stand first already.
+        padding: None, or bool [B, longest path], True beyond a row's path.
+    """
+
+    def __init__(self, paths: list[list[int]]) -> None:
+        self.counts = [len(path) for path in paths]
+        most = max(self.counts)
+        self.in_place = all(path == list(range(len(path))) for path in paths)
+        self.nodes = torch.tensor([path + [0] * (most - len(path)) for path in paths], dtype=torch.int64)
+        self.padding: Tensor | None = None
+        if min(self.counts) < most:
+            self.padding = torch.arange(most) >= torch.tensor(self.counts)[:, None]
+
+
 class EvaCacheLayer(CacheLayerMixin):
     """Dynamic cache of one EVA layer; `DynamicCache(config=model.config)` makes one per decoder layer.
 
@@ -241,25 +264,25 @@ class EvaCacheLayer(CacheLayerMixin):
                 self._detach_from_graph(self.keys)
                 self._refill_row(row, self.keys[row, :, tokens].clone(), self.values[row, :, tokens].clone(), summaries)
 
-    def commit(self, nodes: Tensor, counts: list[int]) -> None:
-        """Keep the walked path of the draft trees written last; forget their other nodes.
-
-        Args:
-            nodes: int64 [B, A], per row the nodes on its path, root first; entries beyond `counts[b]` are ignored.
-            counts: nodes to keep per row, 0 to A.
-        """
-        past, open_tokens, most = self.lengths, self.open_tokens, max(counts)
+    def commit(self, kept: KeptPaths) -> None:
+        """Keep one path of each draft tree written last, and forget the other nodes."""
+        past, open_tokens, most = self.lengths, self.open_tokens, max(kept.counts)
         if not most:
             return
-        start = torch.tensor(open_tokens, device=self.keys.device)[:, None] + self.origin
-        source = start + nodes[:, :most].to(self.keys.device)
-        target = start + torch.arange(most, device=self.keys.device)
-        row = torch.arange(len(past), device=self.keys.device)[:, None]
-        self.keys[row, :, target] = self.keys[row, :, source]
-        self.values[row, :, target] = self.values[row, :, source]
-        kept = torch.arange(most) < torch.tensor(counts)[:, None]
-        self._append_padding(None if bool(kept.all()) else ~kept, most)
-        self.lengths = tuple(length + count for length, count in zip(past, counts, strict=True))
+        if not kept.in_place:
+            nodes = kept.nodes.to(self.keys.device)
+            if len(past) == 1:
+                start = self.origin + open_tokens[0]
+                for states in (self.keys, self.values):
+                    states[:, :, start : start + most] = states.index_select(2, nodes[0] + start)
+            else:
+                start_of_row = torch.tensor(open_tokens, device=nodes.device)[:, None] + self.origin
+                source, target = start_of_row + nodes, start_of_row + torch.arange(most, device=nodes.device)
+                row = torch.arange(len(past), device=nodes.device)[:, None]
+                for states in (self.keys, self.values):
+                    states[row, :, target] = states[row, :, source]
+        self._append_padding(kept.padding, most)
+        self.lengths = tuple(length + count for length, count in zip(past, kept.counts, strict=True))
         self._close_full_windows(past)
 
     def _newest_first(self, summaries: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .byte_tree import ROOT, DraftTrees, TreeShape
 from .drafters import DraftContext, Drafter, StaticDrafter, make_drafter
+from .eva_cache import KeptPaths
 from .next_byte import GrowingRows, NextByte, TypicalAcceptance
 
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -88,12 +89,13 @@ def multibyte_decoding(
     users_cache = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
     cache_leaves = users_cache or bool(generation_config.return_dict_in_generate)
     run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, drafter, typical, streamer)
+    run.trace = [[] for _ in input_ids] if return_trace else None
     run.prefill(input_ids, model_kwargs)
     while model._has_unfinished_sequences(not run.rows.active, synced_gpus, device=input_ids.device):
         run.step()
         if not cache_leaves and not synced_gpus:
             run.drop_finished_rows()
-    return run.result(return_acc_lengths, return_trace)
+    return run.result(return_acc_lengths)
 
 
 def _choose_drafter(
@@ -146,7 +148,7 @@ class _Run:
         self.rows = GrowingRows(input_ids, stopping_criteria)
         self.next_byte = NextByte(logits_processor, bool(generation_config.do_sample))
         self.in_batch = list(range(input_ids.shape[0]))  # numbers of the rows that the model still carries
-        self.trace: list[list[Step]] = [[] for _ in self.in_batch]
+        self.trace: list[list[Step]] | None = None
         self.head_logits: Tensor  # [B, heads, vocab] where the last walk ended, of the heads that look beyond its byte
         self.steps_of_row: list[list[int]] = []  # per forward, bytes per row
         self.scores: list[list[Tensor]] | None = None
@@ -174,12 +176,30 @@ class _Run:
 
     def step(self) -> None:
         """Draft, verify, commit."""
-        trees = self.drafter.draft(self._context())
+        trees = self._draft()
+        logits = self._verify(trees)
+        self._commit(self._walk(trees, logits))
+
+    def _draft(self) -> DraftTrees:
+        """One tree for every row in the batch."""
+        texts = [self.rows.texts[row] for row in self.in_batch]
+        sampling = self.next_byte.do_sample and self.generation_config.temperature
+        return self.drafter.draft(
+            DraftContext(
+                root=torch.tensor([text[-1] for text in texts], device=self.head_logits.device),
+                head_logits=self.head_logits,
+                texts=texts,
+                rows=self.in_batch,
+                temperature=float(sampling) if sampling else 1.0,
+            )
+        )
+
+    def _verify(self, trees: DraftTrees) -> Tensor:
+        """Logits float32 [B, T, heads, vocab] at all nodes, in one forward."""
         outputs = self.model(
             input_ids=trees.ids, draft_tree=trees.mask, past_key_values=self.cache, return_all_pred_logits=True
         )
-        paths = self._walk(trees, outputs.logits.float())
-        self._commit(paths)
+        return outputs.logits.float()
 
     def drop_finished_rows(self) -> None:
         """Let rows that have ended leave the batch, once they are a quarter of it: each goes on costing a forward."""
@@ -190,24 +210,11 @@ class _Run:
         self.head_logits = self.head_logits[staying]
         self.in_batch = [self.in_batch[place] for place in staying]
 
-    def _context(self) -> DraftContext:
-        texts = [self.rows.texts[row] for row in self.in_batch]
-        sampling = self.next_byte.do_sample and self.generation_config.temperature
-        return DraftContext(
-            root=torch.tensor([text[-1] for text in texts], device=self.head_logits.device),
-            head_logits=self.head_logits,
-            texts=texts,
-            rows=self.in_batch,
-            temperature=float(sampling) if sampling else 1.0,
-        )
-
     def _commit(self, paths: list[list[int]]) -> None:
         """Keep in the cache the nodes at which a byte was emitted: what was read, not what was emitted last."""
-        longest = max(map(len, paths))
-        padded = torch.tensor([path + [0] * (longest - len(path)) for path in paths], dtype=torch.int64)
-        counts = [len(path) for path in paths]
+        kept = KeptPaths(paths)
         for layer in self.cache.layers:
-            layer.commit(padded, counts)
+            layer.commit(kept)
 
     # -- the walk ------------------------------------------------------------------------------------------------------
 
@@ -308,25 +315,23 @@ class _Run:
     def _note(self, trees: DraftTrees, paths: list[list[int]]) -> None:
         """Write down what the forward brought, and stream it."""
         counts = [0] * len(self.rows.texts)
-        sources = None if trees.sources is None else trees.sources.expand_as(trees.ids).tolist()
-        drafted = ((trees.parents >= 0).sum(-1)).tolist()
-        for place, (row, path) in enumerate(zip(self.in_batch, paths, strict=True)):
+        for row, path in zip(self.in_batch, paths, strict=True):
             counts[row] = len(path)
-            if path:
-                self.trace[row].append(
-                    Step(
-                        bytes=self.rows.texts[row][-len(path) :],
-                        sources=[sources[place][node] if sources else 0 for node in path[1:]],
-                        drafted=drafted[place if len(drafted) > 1 else 0],
-                    )
-                )
         self.steps_of_row.append(counts)
+        if self.trace is not None:
+            self._trace_step(self.trace, trees, paths)
         if self.streamer is not None:
             self.streamer.put(torch.tensor(self.rows.texts[0][len(self.rows.texts[0]) - counts[0] :]))
 
-    def result(
-        self, return_acc_lengths: bool, return_trace: bool
-    ) -> Tensor | tuple[Tensor, Tensor] | MultibyteGenerateOutput:
+    def _trace_step(self, trace: list[list[Step]], trees: DraftTrees, paths: list[list[int]]) -> None:
+        sources = None if trees.sources is None else trees.sources.expand_as(trees.ids).tolist()
+        drafted = (trees.parents >= 0).sum(-1).expand(len(paths)).tolist()
+        for place, (row, path) in enumerate(zip(self.in_batch, paths, strict=True)):
+            if path:
+                by_whom = [sources[place][node] if sources else 0 for node in path[1:]]
+                trace[row].append(Step(self.rows.texts[row][-len(path) :], by_whom, drafted[place]))
+
+    def result(self, return_acc_lengths: bool) -> Tensor | tuple[Tensor, Tensor] | MultibyteGenerateOutput:
         if self.streamer is not None:
             self.streamer.end()
         sequences = self.rows.padded(self.generation_config._pad_token_tensor)
@@ -338,7 +343,7 @@ class _Run:
                 logits=_by_step(self.raw_logits),
                 past_key_values=self.cache,
                 acc_lengths=lengths,
-                trace=self.trace if return_trace else None,
+                trace=self.trace,
             )
         return (sequences, lengths) if return_acc_lengths else sequences
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from tiny import logits_alone, pad_rows, random_ids, tiny_model
 from transformers import DynamicCache
 
+from evabyte.eva_cache import KeptPaths
+
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 backends = st.sampled_from(["sdpa", "naive"])
 windows = st.sampled_from([(16, 4), (6, 3), (1, 1), (4, 4)])
@@ -188,12 +190,10 @@ def test_trees_on_any_state(lengths, rounds, nodes, sizes, backend):
             for b, row in enumerate(rows):
                 expected = logits_alone(model, torch.cat((row, draft[b, tree[node]])))[-1]
                 torch.testing.assert_close(logits[b, node], expected, **TOLERANCE)
-        kept = torch.zeros(len(rows), max(map(len, paths)), dtype=torch.int64)
-        for b, path in enumerate(paths):
-            kept[b, : len(path)] = path
-            rows[b] = torch.cat((rows[b], draft[b, path]))
+        rows = [torch.cat((row, draft[b, path])) for b, (row, path) in enumerate(zip(rows, paths, strict=True))]
+        kept = KeptPaths([path.tolist() for path in paths])
         for layer in cache.layers:
-            layer.commit(kept, [len(path) for path in paths])
+            layer.commit(kept)
     probe = random_ids(len(rows), 2, seed=5)
     logits = step(model, cache, probe)
     for b, row in enumerate(rows):
