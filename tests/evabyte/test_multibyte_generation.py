@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny import pad_left, random_ids, tiny_model
 from transformers import StoppingCriteria, TextStreamer
 
+from evabyte import EvaByteTokenizer
 from evabyte.byte_tree import TreeShape, published_tree
 from evabyte.multibyte_generation import multibyte_decoding
 
@@ -208,3 +209,75 @@ def test_one_head_decodes_byte_by_byte():
     output, lengths = model.multi_byte_generate(ids, return_acc_lengths=True, **how)
     assert torch.equal(output, model.generate(ids, **how))
     assert torch.equal(lengths, torch.ones(2, 9, dtype=torch.int64))
+
+
+def test_prompt_as_embeddings():
+    model, ids = tiny_model(), random_ids(2, 21)
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(
+        model.multi_byte_generate(inputs_embeds=embeddings, **how), model.generate(inputs_embeds=embeddings, **how)
+    )
+
+
+def test_stop_strings():
+    model, tokenizer, ids = tiny_model(), EvaByteTokenizer(), random_ids(2, 12)
+    # With an end id `generate` pads a row that has ended; without one it goes on writing to it, and we do not.
+    how = {"do_sample": False, "eos_token_id": 2, "max_new_tokens": 60, "tokenizer": tokenizer}
+    allowed = list(range(64 + 97, 64 + 123))  # letters, so that the text is text
+    how["prefix_allowed_tokens_fn"] = lambda row, ids: allowed
+    free = model.generate(ids, **how)
+    for length in (1, 2, 3):
+        stops = [tokenizer.decode(row[20 : 20 + length]) for row in free]
+        expected = model.generate(ids, stop_strings=stops, **how)
+        assert expected.shape[1] < free.shape[1]
+        assert torch.equal(model.multi_byte_generate(ids, stop_strings=stops, **how), expected)
+
+
+def test_processors_know_which_row_they_see():
+    """Rows advance at different speed, and finished ones leave; a row's own rule stays its own."""
+    golden = load_golden("multibyte_w256_c8")
+    model = golden.model()
+    ids, mask = pad_left([golden["in.p100.prompt"][0], golden["in.p3.prompt"][0], golden["in.r30.prompt"][0]])
+    allowed = [list(range(64, 64 + 110)), list(range(64, 320)), list(range(64 + 32, 64 + 128))]
+    how = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 50, "eos_token_id": [64 + ord("w")]}
+    how["prefix_allowed_tokens_fn"] = lambda row, ids: allowed[row]
+    assert torch.equal(model.multi_byte_generate(ids, **how), model.generate(ids, **how))
+
+
+def test_several_sequences_for_a_prompt():
+    model, ids = tiny_model(), random_ids(2, 10)
+    output = model.multi_byte_generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=9, eos_token_id=None)
+    assert output.shape == (6, 19)
+    assert torch.equal(output[:, :10], ids.repeat_interleave(3, dim=0))
+
+
+def test_no_time_left():
+    output = tiny_model().multi_byte_generate(random_ids(1, 10), max_new_tokens=50, max_time=0.0, eos_token_id=None)
+    assert output.shape == (1, 11)  # as in `generate`, time is looked at after each byte
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [1, 7, 40])
+def test_prefill_in_chunks(prefill_chunk_size):
+    model = tiny_model()
+    ids, mask = pad_left([random_ids(37), random_ids(20, seed=1)])
+    how = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(
+        model.multi_byte_generate(ids, prefill_chunk_size=prefill_chunk_size, **how), model.generate(ids, **how)
+    )
+
+
+def test_all_processes_go_on_until_the_last_is_done(monkeypatch):
+    """With `synced_gpus` a process that is done goes on taking part in forwards, and its text stays as it is."""
+    model, ids = tiny_model(), random_ids(1, 10)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **how)
+    rounds = iter([True] * 12 + [False])
+    monkeypatch.setattr(model, "_has_unfinished_sequences", lambda *args, **kwargs: next(rounds))
+    assert torch.equal(model.multi_byte_generate(ids, synced_gpus=True, **how), expected)
+    assert next(rounds, None) is None
+
+
+def test_guidance_is_refused_by_name():
+    with pytest.raises(ValueError, match="guidance_scale"):
+        tiny_model().multi_byte_generate(random_ids(1, 5), guidance_scale=2.0, max_new_tokens=3)
