@@ -59,12 +59,20 @@ class DraftTree:
     """New tokens that are nodes of draft trees, not a chain.
 
     Attributes:
-        mask: bool [B or 1, N, N] on the host: entry [b, i, j] says that j is i or an ancestor of i.
-        depth: int64 [B or 1, N] on the host; the root's is 0.
+        mask: bool [B or 1, N, N]: entry [b, i, j] says that j is i or an ancestor of i.
+        depth: int64 [B or 1, N]; the root's is 0.
+        max_depth: no node is deeper; known on the host, so that the device need not be asked.
     """
 
     mask: Tensor
     depth: Tensor
+    max_depth: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, max_depth: int | None = None) -> "DraftTree":
+        """The trees of a mask; `max_depth` is read from it unless it is known."""
+        depth = mask.sum(-1) - 1
+        return cls(mask, depth, int(depth.max()) if max_depth is None else max_depth)
 
 
 @dataclass
@@ -130,16 +138,9 @@ class EvaLayout:
         return layout
 
     @classmethod
-    def for_tree(cls, mask: Tensor, *, window_size: int, chunk_size: int, past: SequenceOf[int]) -> "EvaLayout":
-        """Layout of N draft nodes per row that continue each row's cached sequence.
-
-        Args:
-            mask: bool [B or 1, N, N], row i marks node i and its ancestors.
-            past: tokens per row that the cache holds.
-        """
-        mask = mask.cpu()
-        tree = DraftTree(mask, mask.sum(-1) - 1)
-        return cls(len(past), mask.shape[-1], window_size, chunk_size, tuple(past), tree=tree)
+    def for_tree(cls, tree: DraftTree, *, window_size: int, chunk_size: int, past: SequenceOf[int]) -> "EvaLayout":
+        """Layout of draft nodes that continue each row's cached sequence, of `past` tokens per row."""
+        return cls(len(past), tree.mask.shape[-1], window_size, chunk_size, tuple(past), tree=tree)
 
     @property
     def uniform(self) -> bool:
@@ -148,7 +149,12 @@ class EvaLayout:
 
     @property
     def new_lengths(self) -> tuple[int, ...]:
-        """Tokens per row that the cache holds after these: a row that starts another document keeps only that one."""
+        """Tokens per row that the cache holds after these: a row that starts another document keeps only that one.
+
+        For trees, the most it may hold once a path is committed.
+        """
+        if self.tree is not None:
+            return tuple(past + self.tree.max_depth + 1 for past in self.past)
         if self.valid is None and not self.sequences:
             return tuple(past + self.length for past in self.past)
         lengths = list(self.past)
@@ -159,10 +165,8 @@ class EvaLayout:
     def crosses_window(self) -> bool:
         """Whether some row's new tokens reach past the window that is open in the cache, or start a document."""
         if self.tree is not None:
-            reach = (self.tree.depth.amax(-1) + 1).tolist() * (self.batch if self.tree.depth.shape[0] == 1 else 1)
-            return any(
-                past % self.window_size + new > self.window_size for past, new in zip(self.past, reach, strict=True)
-            )
+            reach = self.tree.max_depth + 1
+            return any(past % self.window_size + reach > self.window_size for past in self.past)
         if self.uniform:
             return self.past[0] % self.window_size + self.length > self.window_size
         continued = {sequence.row: sequence.slots.numel() for sequence in self.sequences if sequence.past}
@@ -221,32 +225,33 @@ class EvaLayout:
             return None
         pasts = self.past[:1] if same_past and self.valid is None else self.past
         chunks_per_window = self.window_size // self.chunk_size
-        open_tokens = torch.tensor([past % self.window_size for past in pasts])[:, None]
-        summaries = torch.tensor([past // self.window_size * chunks_per_window for past in pasts])[:, None]
-        first_token = int(summaries.max())
-        column = torch.arange(first_token + int(open_tokens.max()) + self.length)
-        visible = (column >= first_token - summaries) & (column < first_token + open_tokens)  # [rows, K]
-        visible = visible[:, None].expand(-1, self.length, -1)
-        among_new = self._visible_among_new().to(visible.device)  # [rows or 1, N, N]
-        new_columns = first_token + open_tokens + torch.arange(self.length)  # [rows, N]
-        rows = max(visible.shape[0], among_new.shape[0])
-        visible = visible.expand(rows, -1, -1).clone()
-        visible.scatter_(
-            2,
-            new_columns[:, None].expand(rows, self.length, -1),
-            among_new.expand(rows, -1, -1),
-        )
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-        return mask[:, None].to(device)
+        open_tokens = [past % self.window_size for past in pasts]
+        summaries = [past // self.window_size * chunks_per_window for past in pasts]
+        first_token, columns = max(summaries), max(summaries) + max(open_tokens) + self.length
+        open_end = torch.tensor(open_tokens, device=device)[:, None] + first_token  # [rows, 1], behind the cached
+        among_new = self._visible_among_new(device)  # [rows or 1, N, N]
+        rows = max(len(pasts), among_new.shape[0])
 
-    def _visible_among_new(self) -> Tensor:
+        column = torch.arange(columns, device=device)
+        cached = column < open_end
+        if len(pasts) > 1:  # rows with fewer summaries have them at the end of the summaries
+            cached &= column >= first_token - torch.tensor(summaries, device=device)[:, None]
+        mask = torch.zeros(rows, self.length, columns, dtype=dtype, device=device)
+        mask.masked_fill_(~cached[:, None], float("-inf"))
+        new_columns = (open_end + torch.arange(self.length, device=device))[:, None]  # [rows, 1, N]
+        hidden = torch.zeros(among_new.shape, dtype=dtype, device=device).masked_fill_(~among_new, float("-inf"))
+        mask.scatter_(2, new_columns.expand(rows, self.length, -1), hidden.expand(rows, -1, -1))
+        return mask[:, None]
+
+    def _visible_among_new(self, device: torch.device) -> Tensor:
         """bool [rows or 1, N, N]: which of the new tokens, in the order they are written, each new token sees."""
         if self.tree is not None:
-            return self.tree.mask
-        chain = torch.ones(self.length, self.length, dtype=torch.bool).tril_()[None]
+            return self.tree.mask.to(device)
+        chain = torch.ones(self.length, self.length, dtype=torch.bool, device=device).tril_()[None]
         if self.valid is None:
             return chain
-        return chain.expand(self.batch, -1, -1).gather(1, self.written_at()[:, :, None].expand(-1, -1, self.length))
+        place = self.written_at().to(device)[:, :, None].expand(-1, -1, self.length)
+        return chain.expand(self.batch, -1, -1).gather(1, place)
 
     def written_at(self) -> Tensor:
         """int64 [B, N] on the host: place of each new token behind the cached ones, real tokens before padding."""

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_evabyte import EvaByteConfig
 from .eva_attention import cached_attention, layout_attention
 from .eva_cache import eva_layers
-from .eva_layout import EvaLayout
+from .eva_layout import DraftTree, EvaLayout
 from .multibyte_generation import MultibyteGenerationMixin
 from .multibyte_loss import multibyte_loss, shift_for_heads
 
@@ -63,12 +63,12 @@ class EvaByteRotaryEmbedding(nn.Module):
         self.factor = float(rope.get("factor") or 1.0)
         self.max_position_embeddings = config.max_position_embeddings
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, layout: EvaLayout) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [B or 1, N, head_dim], in the dtype and on the device of `hidden_states`.
 
         Args:
             position_ids: int64 [B or 1, N].
-            totals: int64 [B or 1, N], length of each token's document in this call; dynamic scaling depends on it.
+            layout: knows the length of each token's document in this call, which dynamic scaling goes by.
         """
         device = hidden_states.device
         exponent = torch.arange(0, self.dim, 2, device=device).float() / self.dim
@@ -76,8 +76,8 @@ class EvaByteRotaryEmbedding(nn.Module):
         positions = position_ids.to(device)[..., None].float()
         if self.rope_type == "linear":
             positions = positions / self.factor
-        elif self.rope_type == "dynamic" and bool((totals > self.max_position_embeddings).any()):
-            stretch = self.factor * totals.to(device).float() / self.max_position_embeddings - (self.factor - 1)
+        elif self.rope_type == "dynamic" and max(layout.new_lengths) > self.max_position_embeddings:
+            stretch = self.factor * layout.totals(device).float() / self.max_position_embeddings - (self.factor - 1)
             base = (self.base * stretch.clamp(min=1.0) ** (self.dim / (self.dim - 2)))[..., None]
         frequencies = positions * (1.0 / base**exponent)
         angles = torch.cat((frequencies, frequencies), dim=-1)
@@ -240,7 +240,7 @@ class EvaByteModel(EvaBytePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        draft_tree: Tensor | None = None,
+        draft_tree: Tensor | DraftTree | None = None,
         layout: EvaLayout | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -253,9 +253,9 @@ class EvaByteModel(EvaBytePreTrainedModel):
             position_ids: None, or int64 [B or 1, N]: rotary positions. A document starts wherever they are 0, so rows
                 may pack several. By default each row's real tokens are counted on from what the cache holds of it.
             past_key_values: None, or a `DynamicCache(config=model.config)`.
-            draft_tree: None, or bool [B or 1, N, N]: the new tokens are nodes of draft trees, row i marking node i and
-                its ancestors; every row is one tree whose root continues the cache. The cache does not count the nodes
-                until they are committed (see `multibyte_generation.py`).
+            draft_tree: None, or bool [B or 1, N, N] (or a `DraftTree`): the new tokens are nodes of draft trees, row i
+                marking node i and its ancestors; every row is one tree whose root continues the cache. The cache does
+                not count the nodes until a path of them is committed (see `multibyte_generation.py`).
             layout: for callers that have built it already.
 
         Returns:
@@ -264,20 +264,21 @@ class EvaByteModel(EvaBytePreTrainedModel):
         Raises:
             ValueError: for missing, empty or out-of-range input, and masks, positions or caches that do not fit it.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError("`output_attentions`: EVA attention does not return its weights; leave it out.")
         hidden_states = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if layout is None:
             layout = self.build_layout(hidden_states.shape, attention_mask, position_ids, past_key_values, draft_tree)
         positions = layout.positions(hidden_states.device)
-        totals = layout.totals(torch.device("cpu"))
         if max(layout.new_lengths) > self.config.max_position_embeddings:
             logger.warning_once(
                 f"A sequence is {max(layout.new_lengths)} long, more than `max_position_embeddings` "
                 f"({self.config.max_position_embeddings}): the model was not trained there and may write nonsense."
             )
         rotary_positions = position_ids if position_ids is not None and draft_tree is None else positions
-        position_embeddings = self.rotary_emb(hidden_states, rotary_positions, totals)
+        position_embeddings = self.rotary_emb(hidden_states, rotary_positions, layout)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, layout=layout, position_embeddings=position_embeddings, past_key_values=past_key_values
@@ -309,7 +310,7 @@ class EvaByteModel(EvaBytePreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        draft_tree: Tensor | None = None,
+        draft_tree: Tensor | DraftTree | None = None,
     ) -> EvaLayout:
         """Check that the arguments of `forward` fit each other and an input of `shape` [B, N, ...], and say where each
         new token stands."""
@@ -326,12 +327,13 @@ class EvaByteModel(EvaBytePreTrainedModel):
             raise ValueError(f"`position_ids` must have shape {(batch, length)}, got {tuple(position_ids.shape)}.")
         sizes = {"window_size": self.config.window_size, "chunk_size": self.config.chunk_size}
         if draft_tree is not None:
-            if past is None or tuple(draft_tree.shape) not in ((batch, length, length), (1, length, length)):
+            tree = draft_tree if isinstance(draft_tree, DraftTree) else DraftTree.from_mask(draft_tree)
+            if past is None or tuple(tree.mask.shape) not in ((batch, length, length), (1, length, length)):
                 raise ValueError(
                     f"`draft_tree` must have shape {(batch, length, length)} and continue a cache, got "
-                    f"{tuple(draft_tree.shape)}{'' if past else ' without one'}."
+                    f"{tuple(tree.mask.shape)}{'' if past else ' without one'}."
                 )
-            return EvaLayout.for_tree(draft_tree, past=past, **sizes)
+            return EvaLayout.for_tree(tree, past=past, **sizes)
         if attention_mask is not None and tuple(attention_mask.shape) not in ((batch, length), (batch, slots + length)):
             raise ValueError(
                 f"`attention_mask` must be 2D, of shape {(batch, slots + length)} (cached and new tokens), got "
@@ -383,7 +385,7 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         return_all_pred_logits: bool = False,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        draft_tree: Tensor | None = None,
+        draft_tree: Tensor | DraftTree | None = None,
         **kwargs: Any,
     ) -> EvaByteCausalLMOutput:
         """Run the model; see [`EvaByteModel.forward`] for the arguments not listed here.

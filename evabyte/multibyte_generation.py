@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from .byte_tree import ROOT, DraftTrees, TreeShape
 from .drafters import DraftContext, Drafter, StaticDrafter, make_drafter
 from .eva_cache import KeptPaths
+from .eva_layout import DraftTree
 from .next_byte import GrowingRows, NextByte, TypicalAcceptance
 
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -197,7 +198,10 @@ class _Run:
     def _verify(self, trees: DraftTrees) -> Tensor:
         """Logits float32 [B, T, heads, vocab] at all nodes, in one forward."""
         outputs = self.model(
-            input_ids=trees.ids, draft_tree=trees.mask, past_key_values=self.cache, return_all_pred_logits=True
+            input_ids=trees.ids,
+            draft_tree=DraftTree.from_mask(trees.mask, trees.max_depth),
+            past_key_values=self.cache,
+            return_all_pred_logits=True,
         )
         return outputs.logits.float()
 

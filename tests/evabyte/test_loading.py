@@ -154,6 +154,7 @@ def test_missing_shard(small_folder):
         ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 1, 5, 5)}, "attention_mask"),
         ({"input_ids": random_ids(2, 5), "position_ids": torch.arange(4)[None]}, "position_ids"),
         ({}, "exactly one"),
+        ({"input_ids": random_ids(1, 3), "output_attentions": True}, "output_attentions"),
         ({"input_ids": random_ids(1, 3), "draft_tree": torch.ones(1, 3, 3, dtype=torch.bool)}, "draft_tree"),
     ],
 )
