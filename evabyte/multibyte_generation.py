@@ -7,13 +7,11 @@ output equals `generate`'s, sampled output has its distribution, and at batch si
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import (
-    GenerateDecoderOnlyOutput,
     GenerationConfig,
     GenerationMode,
     LogitsProcessorList,
@@ -25,40 +23,11 @@ from .byte_tree import ROOT, DraftTrees, TreeShape
 from .drafters import DraftContext, Drafter, StaticDrafter, make_drafter
 from .eva_cache import KeptPaths
 from .eva_layout import DraftTree
-from .next_byte import GrowingRows, NextByte, TypicalAcceptance
+from .multibyte_output import MultibyteGenerateOutput, Step, by_step
+from .next_byte import PREFIX_FREE, GrowingRows, NextByte, NodeDraws, TypicalAcceptance
 
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 OWN_ARGUMENTS = ("draft", "draft_nodes", "medusa_choices", "typical", "return_acc_lengths", "return_trace")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward brought to one row.
-
-    Attributes:
-        bytes: ids it emitted; all but the last were drafted, the last is the model's own.
-        sources: for each drafted one, which drafter proposed it (0 the first of a union, 1 the second).
-        drafted: nodes of the row's tree, without the root.
-    """
-
-    bytes: list[int]
-    sources: list[int]
-    drafted: int
-
-
-@dataclass
-class MultibyteGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `multi_byte_generate` returns with `return_dict_in_generate=True`.
-
-    Attributes:
-        sequences: int64 [B, L], prompt and new bytes, padded on the right.
-        acc_lengths: int64 [B, forwards], bytes that each forward brought, the prefill's single byte first.
-        trace: with `return_trace`, per row a [`Step`] for every forward that brought it something.
-        scores, logits: as `generate` returns them; zero where a row had already ended.
-    """
-
-    acc_lengths: Tensor | None = None
-    trace: list[list[Step]] | None = None
 
 
 def multibyte_decoding(
@@ -86,10 +55,19 @@ def multibyte_decoding(
         raise ValueError("Multibyte decoding verifies drafts against a cache: leave `use_cache` at True.")
     if streamer is not None and input_ids.shape[0] > 1:
         raise ValueError("`streamer` takes one sequence; rows of a batch advance at different speed.")
+    next_byte = NextByte(logits_processor, bool(generation_config.do_sample))
+    if typical is not None and not next_byte.prefix_free:
+        others = ", ".join(type(p).__name__ for p in logits_processor if type(p) not in PREFIX_FREE)
+        raise ValueError(
+            "`sampling='typical'` judges all drafted bytes at once, which processors that look at the text so far do "
+            f"not allow: leave out {others}."
+        )
     drafter = _choose_drafter(model, input_ids.shape[0], draft, draft_nodes, medusa_choices)
     users_cache = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
     cache_leaves = users_cache or bool(generation_config.return_dict_in_generate)
-    run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, drafter, typical, streamer)
+    run = _Run(
+        model, GrowingRows(input_ids, stopping_criteria), next_byte, generation_config, drafter, typical, streamer
+    )
     run.trace = [[] for _ in input_ids] if return_trace else None
     run.prefill(input_ids, model_kwargs)
     while model._has_unfinished_sequences(not run.rows.active, synced_gpus, device=input_ids.device):
@@ -133,9 +111,8 @@ class _Run:
     def __init__(
         self,
         model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
+        rows: GrowingRows,
+        next_byte: NextByte,
         generation_config: GenerationConfig,
         drafter: Drafter,
         typical: TypicalAcceptance | None,
@@ -146,9 +123,9 @@ class _Run:
         self.drafter = drafter
         self.typical = typical
         self.streamer = streamer
-        self.rows = GrowingRows(input_ids, stopping_criteria)
-        self.next_byte = NextByte(logits_processor, bool(generation_config.do_sample))
-        self.in_batch = list(range(input_ids.shape[0]))  # numbers of the rows that the model still carries
+        self.rows = rows
+        self.next_byte = next_byte
+        self.in_batch = list(range(len(rows.texts)))  # numbers of the rows that the model still carries
         self.trace: list[list[Step]] | None = None
         self.head_logits: Tensor  # [B, heads, vocab] where the last walk ended, of the heads that look beyond its byte
         self.steps_of_row: list[list[int]] = []  # per forward, bytes per row
@@ -250,7 +227,7 @@ class _Run:
             accepted = self.typical.accepts(probs, trees.ids, trees.parents).tolist()
         draws = None
         if self.next_byte.do_sample:
-            draws = _NodeDraws(scores, trees)
+            draws = NodeDraws(scores, trees)
             chosen = draws.chosen
         else:
             chosen = scores.argmax(-1)
@@ -324,7 +301,7 @@ class _Run:
         self.steps_of_row.append(counts)
         if self.trace is not None:
             self._trace_step(self.trace, trees, paths)
-        if self.streamer is not None:
+        if self.streamer is not None and counts[0]:
             self.streamer.put(torch.tensor(self.rows.texts[0][len(self.rows.texts[0]) - counts[0] :]))
 
     def _trace_step(self, trace: list[list[Step]], trees: DraftTrees, paths: list[list[int]]) -> None:
@@ -343,56 +320,13 @@ class _Run:
         if self.generation_config.return_dict_in_generate:
             return MultibyteGenerateOutput(
                 sequences=sequences,
-                scores=_by_step(self.scores),
-                logits=_by_step(self.raw_logits),
+                scores=by_step(self.scores),
+                logits=by_step(self.raw_logits),
                 past_key_values=self.cache,
                 acc_lengths=lengths,
                 trace=self.trace,
             )
         return (sequences, lengths) if return_acc_lengths else sequences
-
-
-class _NodeDraws:
-    """One multinomial draw at every node, such that the draws along a path are those `generate` would make.
-
-    torch.multinomial draws exponential noise of the probabilities' shape and takes the largest ratio; here the noise of
-    depth d is shared by all nodes of that depth, of which the walk visits one.
-    """
-
-    def __init__(self, scores: Tensor, trees: DraftTrees) -> None:
-        self.device = scores.device
-        self.state = self._generator().get_state()
-        self.shape = (scores.shape[0], scores.shape[2])
-        probs = scores.softmax(-1)
-        noise = torch.stack([self._noise(probs) for _ in range(trees.max_depth + 1)], dim=1)  # [B, depths, vocab]
-        depth = trees.mask.sum(-1).sub(1).clamp(min=0).expand(scores.shape[:2])
-        rows = torch.arange(scores.shape[0], device=self.device)[:, None]
-        self.chosen = (probs / noise[rows, depth]).argmax(-1)
-        self.probs = probs
-
-    def _noise(self, like: Tensor) -> Tensor:
-        return torch.empty(self.shape, dtype=like.dtype, device=self.device).exponential_()
-
-    def _generator(self) -> torch.Generator:
-        if self.device.type == "cpu":
-            return torch.default_generator
-        module = torch.get_device_module(self.device)
-        return module.default_generators[self.device.index or 0]
-
-    def rewind(self, used: int) -> None:
-        """Leave the random generator as if only the first `used` draws had been made."""
-        self._generator().set_state(self.state)
-        for _ in range(used):
-            self._noise(self.probs)
-
-
-def _by_step(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
-    """One [B, vocab] tensor per new byte, zero where a row had ended."""
-    if rows is None:
-        return None
-    blank = torch.zeros_like(next(row[0] for row in rows if row))
-    longest = max(map(len, rows))
-    return tuple(torch.stack([row[step] if step < len(row) else blank for row in rows]) for step in range(longest))
 
 
 class MultibyteGenerationMixin:

@@ -22,6 +22,8 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from .byte_tree import DraftTrees
+
 # Processors whose result depends on the scores alone, so that all nodes of a tree may be processed together.
 PREFIX_FREE = (
     EpsilonLogitsWarper,
@@ -161,3 +163,37 @@ class NextByte:
         if not self.do_sample:
             return scores.argmax(dim=-1)
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+class NodeDraws:
+    """One multinomial draw at every node, such that the draws along a path are those `generate` would make.
+
+    torch.multinomial draws exponential noise of the probabilities' shape and takes the largest ratio; here the noise of
+    depth d is shared by all nodes of that depth, of which the walk visits one.
+    """
+
+    def __init__(self, scores: Tensor, trees: DraftTrees) -> None:
+        self.device = scores.device
+        self.state = self._generator().get_state()
+        self.shape = (scores.shape[0], scores.shape[2])
+        probs = scores.softmax(-1)
+        noise = torch.stack([self._noise(probs) for _ in range(trees.max_depth + 1)], dim=1)  # [B, depths, vocab]
+        depth = trees.mask.sum(-1).sub(1).clamp(min=0).expand(scores.shape[:2])
+        rows = torch.arange(scores.shape[0], device=self.device)[:, None]
+        self.chosen = (probs / noise[rows, depth]).argmax(-1)
+        self.probs = probs
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.empty(self.shape, dtype=like.dtype, device=self.device).exponential_()
+
+    def _generator(self) -> torch.Generator:
+        if self.device.type == "cpu":
+            return torch.default_generator
+        module = torch.get_device_module(self.device)
+        return module.default_generators[self.device.index or 0]
+
+    def rewind(self, used: int) -> None:
+        """Leave the random generator as if only the first `used` draws had been made."""
+        self._generator().set_state(self.state)
+        for _ in range(used):
+            self._noise(self.probs)

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..modeling_evabyte import EvaByteForCausalLM
-from ..multibyte_generation import Step
+from ..multibyte_output import Step
 from ..tokenization_evabyte import EvaByteTokenizer
 from .output import ForwardStreamer
 

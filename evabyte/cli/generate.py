@@ -4,7 +4,7 @@ import os
 import sys
 from argparse import Namespace
 
-from ..multibyte_generation import Step
+from ..multibyte_output import Step
 from ..tokenization_evabyte import EvaByteTokenizer
 from .decode import decode, sampling_arguments, set_seed
 from .model import load_model

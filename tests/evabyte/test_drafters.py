@@ -236,3 +236,10 @@ def test_bad_drafter():
     with pytest.raises(ValueError, match="draft"):
         tiny_model().multi_byte_generate(random_ids(1, 4), draft=7, max_new_tokens=3)
     assert TreeShape.chain(0).nodes == 1
+
+
+def test_typical_acceptance_needs_all_nodes_at_once():
+    with pytest.raises(ValueError, match="RepetitionPenaltyLogitsProcessor"):
+        tiny_model().multi_byte_generate(
+            random_ids(1, 4), sampling="typical", repetition_penalty=1.2, temperature=1.0, max_new_tokens=3
+        )
