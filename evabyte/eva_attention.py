@@ -6,6 +6,7 @@ windows: `windowed_attention` walks from window to window, on any backend's `att
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -85,39 +86,6 @@ def attend_sdpa(
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-BACKENDS: dict[str, Attend] = {"naive": attend_naive, "eager": attend_naive, "sdpa": attend_sdpa}
-
-
-def _naive_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """`attend_naive` under transformers' attention signature, so that `attn_implementation="naive"` is a known name."""
-    return attend_naive(query, key, value, attention_mask, scaling, fp32_softmax=True).transpose(1, 2), None
-
-
-AttentionInterface.register("naive", _naive_attention_forward)
-
-
-def get_backend(name: str | None) -> Attend:
-    """The attention function called `name`; None stands for "sdpa".
-
-    Raises:
-        ValueError: for a name that EVA attention has no backend for.
-    """
-    attend = BACKENDS.get(name or "sdpa")
-    if attend is None:
-        raise ValueError(
-            f"EVA attention has no backend {name!r}: choose attn_implementation among {', '.join(BACKENDS)}."
-        )
-    return attend
-
-
 def windowed_attention(
     query: Tensor,
     key: Tensor,
@@ -129,7 +97,7 @@ def windowed_attention(
     chunk_size: int,
     attend: Attend,
     prior: int = 0,
-    prior_mask: Tensor | None = None,
+    missing: Tensor | None = None,
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention for sequences whose first key stands at a window border.
@@ -139,13 +107,17 @@ def windowed_attention(
         key, value: [B, H, N, D], Q <= N.
         summary_key, summary_value: [B, H, prior + C, D]: first the summaries of windows before the first key, then, in
             order, those of the windows among the keys (all but the last one are needed).
-        prior_mask: None, or additive [B, 1, 1, prior], for rows that have fewer prior summaries.
+        missing: None, or int64 [B], how many of the first `prior` summaries each row does not have.
 
     Returns:
         [B, H, Q, D].
     """
     length, first_query = key.shape[2], key.shape[2] - query.shape[2]
     scale = query.shape[3] ** -0.5
+    prior_mask = None
+    if missing is not None:
+        hidden = torch.arange(prior, device=query.device) < missing[:, None]
+        prior_mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
     outputs = []
     block = max(window_size // 8, MIN_QUERY_BLOCK)
     for start in range(first_query // window_size * window_size, length, window_size):
@@ -180,14 +152,14 @@ def grouped_attention(
     value: Tensor,
     layout: EvaLayout,
     summarize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    attend: Attend,
+    windowed: Callable[..., Tensor],
     prior: tuple[Tensor, Tensor] | None = None,
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention for rows that differ: padding, packed documents, a cache whose rows stand at different positions.
 
     Every document is gathered so that it starts at a window border, with documents of similar length side by side;
-    `windowed_attention` runs on each group and the results are put back.
+    the backend's `windowed` runs on each group and the results are put back.
 
     Args:
         query: [B, H, N, D], the new tokens.
@@ -211,13 +183,14 @@ def grouped_attention(
         group_key, group_value = gather(flat_key, group.keys), gather(flat_value, group.keys)
         closed = (group_key.shape[2] - 1) // layout.window_size * layout.window_size
         summary_key, summary_value = summarize(group_key[:, :, :closed], group_value[:, :, :closed])
-        prior_count, prior_mask = 0, None
+        prior_count, missing = 0, None
         if prior is not None and group.summaries is not None:
-            prior_key, prior_value, prior_mask = _prior_of_group(group.rows, group.summaries, prior, query.dtype)
+            prior_key, prior_value = (states.index_select(0, group.rows) for states in prior)
             prior_count = prior_key.shape[2]
+            missing = prior_count - group.summaries
             summary_key = torch.cat((prior_key, summary_key), dim=2)
             summary_value = torch.cat((prior_value, summary_value), dim=2)
-        result = windowed_attention(
+        result = windowed(
             gather(flat_query, group.queries),
             group_key,
             group_value,
@@ -225,9 +198,8 @@ def grouped_attention(
             summary_value,
             window_size=layout.window_size,
             chunk_size=layout.chunk_size,
-            attend=attend,
             prior=prior_count,
-            prior_mask=prior_mask,
+            missing=missing,
             fp32_softmax=fp32_softmax,
         )
         flat_result = result.transpose(1, 2).flatten(0, 1).index_select(0, group.result)
@@ -235,17 +207,77 @@ def grouped_attention(
     return output.view(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _prior_of_group(
-    rows: Tensor, summaries: Tensor, prior: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cached summaries of the given rows, and the mask that hides what a row with fewer of them lacks."""
-    keys, values = (states.index_select(0, rows) for states in prior)
-    missing = keys.shape[2] - summaries  # [G], how many to hide at the front of each row
-    if not bool(missing.any()):
-        return keys, values, None
-    hidden = torch.arange(keys.shape[2], device=keys.device) < missing[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, float("-inf"))
-    return keys, values, mask[:, None, None]
+@dataclass(frozen=True)
+class Backend:
+    """How attention is computed.
+
+    Attributes:
+        attend: attention of few queries over one slice of the cache.
+        windowed: attention of whole sequences; takes what `windowed_attention` takes but for `attend`.
+    """
+
+    attend: Attend
+    windowed: Callable[..., Tensor]
+
+
+def _windowed_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summary_key: Tensor,
+    summary_value: Tensor,
+    *,
+    window_size: int,
+    chunk_size: int,
+    prior: int = 0,
+    missing: Tensor | None = None,
+    fp32_softmax: bool = True,
+) -> Tensor:
+    """`windowed_attention` by Triton kernels, whose softmax is always taken in float32."""
+    from .eva_triton import windowed
+
+    first = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
+    first = first if missing is None else missing.to(torch.int32)
+    return windowed(query, key, value, summary_key, summary_value, first, prior, window_size, chunk_size)[0]
+
+
+BACKENDS = {
+    "naive": Backend(attend_naive, partial(windowed_attention, attend=attend_naive)),
+    "eager": Backend(attend_naive, partial(windowed_attention, attend=attend_naive)),
+    "sdpa": Backend(attend_sdpa, partial(windowed_attention, attend=attend_sdpa)),
+    "eva_triton": Backend(attend_sdpa, _windowed_triton),
+}
+
+
+def _registered_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """`attend_naive` under transformers' attention signature, so that our names for `attn_implementation` are known."""
+    return attend_naive(query, key, value, attention_mask, scaling, fp32_softmax=True).transpose(1, 2), None
+
+
+for _name in ("naive", "eva_triton"):
+    AttentionInterface.register(_name, _registered_attention_forward)
+
+
+def get_backend(name: str | None) -> Backend:
+    """The backend called `name`; None stands for "sdpa".
+
+    Raises:
+        ValueError: for a name that EVA attention has no backend for.
+    """
+    backend = BACKENDS.get(name or "sdpa")
+    if backend is None:
+        raise ValueError(
+            f"EVA attention has no backend {name!r}: choose attn_implementation among {', '.join(BACKENDS)}."
+        )
+    return backend
 
 
 def layout_attention(
@@ -259,8 +291,8 @@ def layout_attention(
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention without a cache; query, key, value and result are [B, H, N, D]."""
-    attend = get_backend(backend)
-    if attend is attend_naive:
+    windowed = get_backend(backend).windowed
+    if backend in ("naive", "eager"):
         return naive_eva_attention(
             query,
             key,
@@ -278,16 +310,15 @@ def layout_attention(
         return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
 
     if not layout.uniform:
-        return grouped_attention(query, key, value, layout, summarize, attend, fp32_softmax=fp32_softmax)
+        return grouped_attention(query, key, value, layout, summarize, windowed, fp32_softmax=fp32_softmax)
     closed = (layout.length - 1) // layout.window_size * layout.window_size
-    return windowed_attention(
+    return windowed(
         query,
         key,
         value,
         *summarize(key[:, :, :closed], value[:, :, :closed]),
         window_size=layout.window_size,
         chunk_size=layout.chunk_size,
-        attend=attend,
         fp32_softmax=fp32_softmax,
     )
 
@@ -302,7 +333,7 @@ def cached_attention(
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention of new tokens [B, H, N, D] over what the cache returned for them."""
-    attend = get_backend(backend)
+    chosen = get_backend(backend)
 
     def summarize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
@@ -313,20 +344,19 @@ def cached_attention(
                 query, states.keys, states.values, layout, layout.tree, summarize, fp32_softmax
             )
         mask = layout.window_mask(query.device, query.dtype)
-        return attend(query, states.keys, states.values, mask, query.shape[3] ** -0.5, fp32_softmax)
+        return chosen.attend(query, states.keys, states.values, mask, query.shape[3] ** -0.5, fp32_softmax)
     prior = (states.summary_keys, states.summary_values)
     if not layout.uniform:
         return grouped_attention(
-            query, states.token_keys, states.token_values, layout, summarize, attend, prior, fp32_softmax
+            query, states.token_keys, states.token_values, layout, summarize, chosen.windowed, prior, fp32_softmax
         )
-    return windowed_attention(
+    return chosen.windowed(
         query,
         states.token_keys,
         states.token_values,
         *prior,
         window_size=layout.window_size,
         chunk_size=layout.chunk_size,
-        attend=attend,
         prior=layout.past[0] // layout.window_size * (layout.window_size // layout.chunk_size),
         fp32_softmax=fp32_softmax,
     )
@@ -353,7 +383,8 @@ def eva_attention(
         adaptive_mu_k, adaptive_phi: [1, H, 1, 1, D] as published, or [H, D].
         window_size: positions that see each other exactly.
         chunk_size: positions per summary; divides `window_size`.
-        backend: "naive" (the specification), "sdpa" (PyTorch's fused attention) or None for the best available.
+        backend: "naive" (the specification), "sdpa" (PyTorch's fused attention), "eva_triton" (Triton kernels), or None
+            for "sdpa".
         attention_mask: None, or [B, N], zero at padding, anywhere in the row.
         position_ids: None, or [B or 1, N]; a document starts wherever they are 0 (packed rows).
         fp32_softmax: take logits and softmaxes in float32 at least.

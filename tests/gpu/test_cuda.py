@@ -23,7 +23,10 @@ def exact_products():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("backend", ["naive", "sdpa"])
+BACKENDS = ["naive", "sdpa", "eva_triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["fwd_w32_c4", "fwd_w256_c16", "fwd_w2048_c16"])
 def test_forward(case, backend):
     golden = load_golden(case)
@@ -35,10 +38,11 @@ def test_forward(case, backend):
         assert_close(logits.cpu(), golden[f"out.logits_{n}"], tolerance["logits_atol"], tolerance["rtol"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["train_w32_c4", "train_w128_c4"])
-def test_training_step(case):
+def test_training_step(case, backend):
     golden = load_golden(case)
-    model, tolerance = golden.model().cuda().train(), golden.facts["tolerance"]
+    model, tolerance = golden.model(attn_implementation=backend).cuda().train(), golden.facts["tolerance"]
     loss = model(golden["in.input_ids"].cuda(), labels=golden["in.labels"].cuda()).loss
     assert_close(loss.cpu()[None], golden["out.total"], atol=tolerance["total_atol"])
     loss.backward()
@@ -48,13 +52,15 @@ def test_training_step(case):
         assert_close(parameter.grad.cpu(), expected, atol=max(limit, 1e-9))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_operator_in_every_dtype(dtype):
+def test_operator_in_every_dtype(dtype, backend):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 3, 300, 64)] * 3 + [(3, 64)] * 2
     inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
     exact = eva_attention(*inputs, window_size=64, chunk_size=16, backend="naive")
-    output = eva_attention(*(i.to("cuda", dtype) for i in inputs), window_size=64, chunk_size=16)
+    low = [i.to("cuda", dtype) for i in inputs]
+    output = eva_attention(*low, window_size=64, chunk_size=16, backend=backend)
     error = (output.double().cpu() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 4 * torch.finfo(dtype).eps
 

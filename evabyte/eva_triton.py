@@ -1,0 +1,159 @@
+"""EVA attention on Triton kernels, as custom operators that autograd, torch.compile and export understand.
+
+Imported only when the backend "eva_triton" is used. With TRITON_INTERPRET=1 in the environment before that, the kernels
+run on CPU tensors in Triton's interpreter.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .eva_kernels import eva_windowed_bwd_dkv_kernel, eva_windowed_bwd_dq_kernel, eva_windowed_fwd_kernel, triton
+
+# Also loaded as remote code, possibly beside the installed package: each copy registers operators of its own.
+NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+INTERPRETED = not isinstance(eva_windowed_fwd_kernel, triton.runtime.jit.JITFunction)
+
+
+def launch_sizes(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes and warps; blocks shrink as the head dimension or the width of an element grows.
+
+    Not tuned on a GPU yet: chosen so that nothing spills on sm_80 and sm_90 (see tests/evabyte/test_eva_kernels.py).
+    """
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    wide = block_d * dtype.itemsize
+    if dtype.itemsize > 2:
+        return {"BLOCK_D": block_d, "BM": 32, "BN": 32, "num_warps": 4 if wide <= 256 else 8, "num_stages": 1}
+    if wide <= 128:
+        return {"BLOCK_D": block_d, "BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
+    if wide <= 256:
+        return {"BLOCK_D": block_d, "BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_D": block_d, "BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+
+
+def _check(query: Tensor) -> None:
+    if query.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "attn_implementation='eva_triton' needs a GPU; on a CPU use 'sdpa', or set TRITON_INTERPRET=1 before the "
+            "kernels are imported to run them in Triton's interpreter."
+        )
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """The same tensors with a contiguous last dimension, as the kernels read them."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::windowed", mutates_args=())
+def windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summary_key: Tensor,
+    summary_value: Tensor,
+    first_summary: Tensor,
+    prior: int,
+    window_size: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last Q of N positions, as `eva_attention.windowed_attention` defines it.
+
+    Args:
+        query: [B, H, Q, D]; key, value: [B, H, N, D]; summary_key, summary_value: [B, H, S, D].
+        first_summary: int32 [B], the first summary that a row has.
+
+    Returns:
+        [B, H, Q, D] in the query's dtype, and the log-sum-exp in base 2, float32 [B, H, Q].
+    """
+    _check(query)
+    query, key, value, summary_key, summary_value = _rows(query, key, value, summary_key, summary_value)
+    batch, heads, queries, head_dim = query.shape
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+    sizes = launch_sizes(head_dim, query.dtype)
+    eva_windowed_fwd_kernel[(triton.cdiv(queries, sizes["BM"]), batch * heads)](
+        query, key, value, summary_key, summary_value, first_summary, output, lse,
+        *_strides(query, key, value, summary_key, summary_value, output),
+        heads, queries, key.shape[2], summary_key.shape[2], prior, window_size, window_size // chunk_size,
+        head_dim**-0.5 / math.log(2), D=head_dim, **sizes,
+    )  # fmt: skip
+    return output, lse
+
+
+@windowed.register_fake
+def _(query, key, value, summary_key, summary_value, first_summary, prior, window_size, chunk_size):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(
+        query.shape[:3], dtype=torch.float32
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::windowed_backward", mutates_args=())
+def windowed_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summary_key: Tensor,
+    summary_value: Tensor,
+    first_summary: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    prior: int,
+    window_size: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, summary_key and summary_value, each in its tensor's shape and dtype."""
+    query, key, value, summary_key, summary_value = _rows(query, key, value, summary_key, summary_value)
+    grad = grad.contiguous()
+    batch, heads, queries, head_dim = query.shape
+    delta = (grad.float() * output.float()).sum(-1)  # [B, H, Q]
+    sizes, chunks = launch_sizes(head_dim, query.dtype), window_size // chunk_size
+    scale = head_dim**-0.5
+    query_grad = torch.empty_like(grad)
+    eva_windowed_bwd_dq_kernel[(triton.cdiv(queries, sizes["BM"]), batch * heads)](
+        query, key, value, summary_key, summary_value, first_summary, grad, lse, delta, query_grad,
+        *_strides(query, key, value, summary_key, summary_value, grad),
+        heads, queries, key.shape[2], summary_key.shape[2], prior, window_size, chunks, scale, scale / math.log(2),
+        D=head_dim, **sizes,
+    )  # fmt: skip
+    grads = [query_grad]
+    # Here the block of keys stays and blocks of queries pass by: their sizes change places.
+    swapped = {**sizes, "BM": sizes["BN"], "BN": max(sizes["BM"] // 2, 32)}
+    for keys, values, is_summary in ((key, value, False), (summary_key, summary_value, True)):
+        key_grad, value_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (keys, values))
+        if keys.shape[2]:
+            eva_windowed_bwd_dkv_kernel[(triton.cdiv(keys.shape[2], swapped["BN"]), batch * heads)](
+                query, keys, values, first_summary, grad, lse, delta, key_grad, value_grad,
+                *_strides(query, keys, values, grad, key_grad),
+                heads, queries, key.shape[2], keys.shape[2], prior, window_size, chunks, scale, scale / math.log(2),
+                IS_SUMMARY=is_summary, D=head_dim, **swapped,
+            )  # fmt: skip
+        grads += [key_grad, value_grad]
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+@windowed_backward.register_fake
+def _(grad, query, key, value, summary_key, summary_value, *rest):  # type: ignore[no-untyped-def]
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (query, key, value, summary_key, summary_value)
+    )
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, prior, window_size, chunk_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.sizes = (prior, window_size, chunk_size)
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    grads = windowed_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    return (*grads, None, None, None, None)
+
+
+windowed.register_autograd(_backward, setup_context=_save)

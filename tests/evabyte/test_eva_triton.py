@@ -1,0 +1,110 @@
+"""The Triton kernels in Triton's CPU interpreter against the specification: values, gradients, odd shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from test_eva_attention import operator_inputs
+from tiny import logits_alone, random_ids, tiny_model
+from transformers import DynamicCache
+
+from evabyte import eva_attention, eva_triton
+
+if not eva_triton.INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1 (tests/gpu runs the kernels on a GPU)", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory():
+    """Memory that a kernel does not write is NaN, rather than zeros left by chance."""
+    patch = pytest.MonkeyPatch()
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    patch.setattr(eva_triton.torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    patch.setattr(eva_triton.torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    yield
+    patch.undo()
+
+
+def relative_error(actual, expected):
+    floor = 0.1 * expected.numel() ** 0.5  # of a gradient that vanishes nothing but rounding is left
+    return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()
+
+
+@settings(max_examples=10)
+@given(
+    batch=st.integers(1, 2),
+    length=st.integers(1, 150),
+    sizes=st.sampled_from([(16, 4), (48, 8), (5, 1), (64, 16), (40, 40)]),
+    head_dim=st.sampled_from([16, 24, 64]),
+)
+def test_values_and_gradients(batch, length, sizes, head_dim):
+    results = {}
+    for backend in ("naive", "eva_triton"):
+        inputs = [t.requires_grad_() for t in operator_inputs(batch, length, 1, 2, head_dim, torch.float32)]
+        output = eva_attention(*inputs, window_size=sizes[0], chunk_size=sizes[1], backend=backend)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        (output * weights).sum().backward()
+        results[backend] = [output, *(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs)]
+    for naive, kernel in zip(*results.values(), strict=True):
+        assert relative_error(kernel, naive) < 1e-5
+
+
+def test_padding_and_packing():
+    inputs = operator_inputs(2, 90, dtype=torch.float32)
+    mask = torch.ones(2, 90, dtype=torch.int64)
+    mask[0, :33] = mask[1, 80:] = 0
+    positions = torch.cat((torch.zeros(33), torch.arange(57))).repeat(2, 1).long()
+    positions[1] = torch.cat((torch.arange(41), torch.arange(49)))
+    how = {"window_size": 16, "chunk_size": 4, "attention_mask": mask, "position_ids": positions}
+    torch.testing.assert_close(
+        eva_attention(*inputs, **how, backend="eva_triton"), eva_attention(*inputs, **how, backend="naive")
+    )
+
+
+def test_half_precision_and_strides():
+    exact = operator_inputs(2, 70, heads=3, head_dim=32)
+    # Heads and positions exchanged in memory, as projections leave them.
+    half = [t.half().transpose(1, 2).contiguous().transpose(1, 2) for t in exact[:3]] + [t.half() for t in exact[3:]]
+    output = eva_attention(*half, window_size=16, chunk_size=4, backend="eva_triton")
+    assert output.dtype == torch.float16
+    reference = eva_attention(*(t.double() for t in half), window_size=16, chunk_size=4, backend="naive")
+    assert relative_error(output.double(), reference) < 4 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("cut", [7, 16, 33])
+def test_a_model_on_a_cache(cut):
+    model, ids = tiny_model(backend="eva_triton"), random_ids(2, 61)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(cut, dim=1)]
+    for row in range(2):
+        expected = logits_alone(tiny_model(backend="naive"), ids[row])[:, 0]
+        torch.testing.assert_close(torch.cat(pieces, dim=1)[row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_operators_are_what_torch_expects():
+    query, key, value, _, _ = operator_inputs(1, 20, dtype=torch.float32)
+    summaries = operator_inputs(1, 4, seed=3, dtype=torch.float32)[:2]
+    inputs = [t.requires_grad_() for t in (query, key, value, *summaries)]
+    first = torch.zeros(1, dtype=torch.int32)
+    torch.library.opcheck(
+        eva_triton.windowed,
+        (*inputs, first, 0, 16, 4),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_gradients_are_deterministic():
+    gradients = []
+    for _ in range(2):
+        inputs = [t.requires_grad_() for t in operator_inputs(1, 100, dtype=torch.float32)]
+        eva_attention(*inputs, window_size=32, chunk_size=4, backend="eva_triton").square().sum().backward()
+        gradients.append([t.grad for t in inputs])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
