@@ -17,6 +17,8 @@ from .eva_layout import EvaLayout
 from .eva_math import naive_eva_attention, summarize_chunks
 from .eva_tree_attention import tree_attention_across_windows
 
+Summarize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class WindowStates:
@@ -151,7 +153,7 @@ def grouped_attention(
     key: Tensor,
     value: Tensor,
     layout: EvaLayout,
-    summarize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    summarize: Summarize,
     windowed: Callable[..., Tensor],
     prior: tuple[Tensor, Tensor] | None = None,
     fp32_softmax: bool = True,
@@ -212,12 +214,31 @@ class Backend:
     """How attention is computed.
 
     Attributes:
-        attend: attention of few queries over one slice of the cache.
+        within_window: attention of new tokens [B, H, N, D] over `WindowStates`, given their layout.
         windowed: attention of whole sequences; takes what `windowed_attention` takes but for `attend`.
+        summarize: summaries of chunks; takes what `summarize_chunks` takes.
     """
 
-    attend: Attend
+    within_window: Callable[[Tensor, WindowStates, EvaLayout, bool], Tensor]
     windowed: Callable[..., Tensor]
+    summarize: Callable[..., tuple[Tensor, Tensor]] = summarize_chunks
+
+
+def attention_within_window(
+    query: Tensor, states: WindowStates, layout: EvaLayout, fp32_softmax: bool, attend: Attend
+) -> Tensor:
+    """Attention of new tokens over one slice of the cache, under the layout's mask."""
+    mask = layout.window_mask(query.device, query.dtype)
+    return attend(query, states.keys, states.values, mask, query.shape[3] ** -0.5, fp32_softmax)
+
+
+def _within_window_triton(query: Tensor, states: WindowStates, layout: EvaLayout, fp32_softmax: bool) -> Tensor:
+    """The same by a Triton kernel; where gradients are recorded, by PyTorch."""
+    if torch.is_grad_enabled() and (query.requires_grad or states.keys.requires_grad):
+        return attention_within_window(query, states, layout, fp32_softmax, attend_sdpa)
+    from .eva_triton import decode
+
+    return decode(query, states.keys, states.values, *layout.window_bounds(query.device))
 
 
 def _windowed_triton(
@@ -241,11 +262,40 @@ def _windowed_triton(
     return windowed(query, key, value, summary_key, summary_value, first, prior, window_size, chunk_size)[0]
 
 
+def _summarize_triton(
+    keys: Tensor,
+    values: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    chunk_size: int,
+    fp32_softmax: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`summarize_chunks` by a Triton kernel, whose softmaxes are always taken in float32."""
+    from .eva_triton import summarize
+
+    shape = (keys.shape[1], keys.shape[3])
+    return summarize(keys, values, adaptive_mu_k.reshape(shape), adaptive_phi.reshape(shape), chunk_size)
+
+
+def summarizer(
+    adaptive_mu_k: Tensor, adaptive_phi: Tensor, chunk_size: int, backend: str | None, fp32_softmax: bool
+) -> Summarize:
+    """The function that turns keys and values [B, H, n * chunk_size, D] into summaries [B, H, n, D]."""
+    return partial(
+        get_backend(backend).summarize,
+        adaptive_mu_k=adaptive_mu_k,
+        adaptive_phi=adaptive_phi,
+        chunk_size=chunk_size,
+        fp32_softmax=fp32_softmax,
+    )
+
+
 BACKENDS = {
-    "naive": Backend(attend_naive, partial(windowed_attention, attend=attend_naive)),
-    "eager": Backend(attend_naive, partial(windowed_attention, attend=attend_naive)),
-    "sdpa": Backend(attend_sdpa, partial(windowed_attention, attend=attend_sdpa)),
-    "eva_triton": Backend(attend_sdpa, _windowed_triton),
+    **{
+        name: Backend(partial(attention_within_window, attend=attend), partial(windowed_attention, attend=attend))
+        for name, attend in (("naive", attend_naive), ("eager", attend_naive), ("sdpa", attend_sdpa))
+    },
+    "eva_triton": Backend(_within_window_triton, _windowed_triton, _summarize_triton),
 }
 
 
@@ -306,9 +356,7 @@ def layout_attention(
             fp32_softmax=fp32_softmax,
         )
 
-    def summarize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
-
+    summarize = summarizer(adaptive_mu_k, adaptive_phi, layout.chunk_size, backend, fp32_softmax)
     if not layout.uniform:
         return grouped_attention(query, key, value, layout, summarize, windowed, fp32_softmax=fp32_softmax)
     closed = (layout.length - 1) // layout.window_size * layout.window_size
@@ -326,25 +374,19 @@ def layout_attention(
 def cached_attention(
     query: Tensor,
     states: WindowStates | SequenceStates,
-    adaptive_mu_k: Tensor,
-    adaptive_phi: Tensor,
+    summarize: Summarize,
     layout: EvaLayout,
     backend: str | None = None,
     fp32_softmax: bool = True,
 ) -> Tensor:
-    """EVA attention of new tokens [B, H, N, D] over what the cache returned for them."""
+    """EVA attention of new tokens [B, H, N, D] over what the cache, given the same `summarize`, returned for them."""
     chosen = get_backend(backend)
-
-    def summarize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
-
     if isinstance(states, WindowStates):
         if layout.tree is not None and layout.crosses_window():
             return tree_attention_across_windows(
                 query, states.keys, states.values, layout, layout.tree, summarize, fp32_softmax
             )
-        mask = layout.window_mask(query.device, query.dtype)
-        return chosen.attend(query, states.keys, states.values, mask, query.shape[3] ** -0.5, fp32_softmax)
+        return chosen.within_window(query, states, layout, fp32_softmax)
     prior = (states.summary_keys, states.summary_values)
     if not layout.uniform:
         return grouped_attention(

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .eva_attention import SequenceStates, WindowStates
+from .eva_attention import SequenceStates, Summarize, WindowStates
 from .eva_layout import EvaLayout
-from .eva_math import summarize_chunks
 
 
 class KeptPaths:
@@ -126,9 +125,7 @@ class EvaCacheLayer(CacheLayerMixin):
         key_states: Tensor,
         value_states: Tensor,
         layout: EvaLayout,
-        adaptive_mu_k: Tensor,
-        adaptive_phi: Tensor,
-        fp32_softmax: bool = True,
+        summarize: Summarize,
     ) -> tuple[WindowStates | SequenceStates, None]:
         """Store the new tokens and return what their queries may read.
 
@@ -136,13 +133,13 @@ class EvaCacheLayer(CacheLayerMixin):
             key_states, value_states: [B, H, N, D], rotated.
             layout: where the tokens stand; draft trees are written behind the cached tokens but not counted until
                 `commit`.
-            adaptive_mu_k, adaptive_phi: the layer's summary vectors, H * D elements each.
+            summarize: turns keys and values [B, H, n * chunk_size, D] into summaries [B, H, n, D].
 
         Returns:
             the states, and None in place of separate values, since `Cache.update` hands on a pair.
         """
         self.window_size, self.chunk_size = layout.window_size, layout.chunk_size
-        self.learned = (adaptive_mu_k, adaptive_phi, layout.chunk_size, fp32_softmax)
+        self.summarize = summarize
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if layout.tree is not None:
@@ -187,7 +184,7 @@ class EvaCacheLayer(CacheLayerMixin):
             token_values = torch.cat((self.values[:, :, open_window], values), dim=2)
         count = token_keys.shape[2]
         closing = count // self.window_size * self.window_size
-        new_keys, new_values = summarize_chunks(token_keys[:, :, :closing], token_values[:, :, :closing], *self.learned)
+        new_keys, new_values = self.summarize(token_keys[:, :, :closing], token_values[:, :, :closing])
         old = slice(self.origin - summaries, self.origin)
         summary_keys = torch.cat((self.keys[:, :, old], new_keys), dim=2)
         summary_values = torch.cat((self.values[:, :, old], new_values), dim=2)
@@ -242,7 +239,7 @@ class EvaCacheLayer(CacheLayerMixin):
         count = keys.shape[1]
         closing = count // self.window_size * self.window_size
         if closing:
-            new_keys, new_values = summarize_chunks(keys[None, :, :closing], values[None, :, :closing], *self.learned)
+            new_keys, new_values = self.summarize(keys[None, :, :closing], values[None, :, :closing])
             front = slice(self.origin - summaries - new_keys.shape[2], self.origin - summaries)
             self.keys[row, :, front] = self._newest_first(new_keys)[0]
             self.values[row, :, front] = self._newest_first(new_values)[0]

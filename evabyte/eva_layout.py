@@ -96,6 +96,7 @@ class EvaLayout:
     sequences: list[Sequence] = field(default_factory=list)
     tree: DraftTree | None = None
     _groups: dict[torch.device, list[SequenceGroup]] = field(default_factory=dict)
+    _bounds: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[torch.device, torch.dtype], Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -242,6 +243,22 @@ class EvaLayout:
         hidden = torch.zeros(among_new.shape, dtype=dtype, device=device).masked_fill_(~among_new, float("-inf"))
         mask.scatter_(2, new_columns.expand(rows, self.length, -1), hidden.expand(rows, -1, -1))
         return mask[:, None]
+
+    def window_bounds(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`window_mask` as a kernel reads it.
+
+        Returns:
+            int32 [B], the first column that each row sees; int32 [B], the column of its first new token; uint8
+            [B or 1, N, N], which of the new tokens each new token sees.
+        """
+        if device not in self._bounds:
+            chunks_per_window = self.window_size // self.chunk_size
+            summaries = [past // self.window_size * chunks_per_window for past in self.past]
+            ends = [max(summaries) + past % self.window_size for past in self.past]
+            first = torch.tensor([max(summaries) - count for count in summaries], dtype=torch.int32, device=device)
+            open_end = torch.tensor(ends, dtype=torch.int32, device=device)
+            self._bounds[device] = (first, open_end, self._visible_among_new(device).to(torch.uint8).contiguous())
+        return self._bounds[device]
 
     def _visible_among_new(self, device: torch.device) -> Tensor:
         """bool [rows or 1, N, N]: which of the new tokens, in the order they are written, each new token sees."""

@@ -5,11 +5,14 @@ run on CPU tensors in Triton's interpreter.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from .eva_decode_kernels import eva_decode_fwd_kernel
 from .eva_kernels import eva_windowed_bwd_dkv_kernel, eva_windowed_bwd_dq_kernel, eva_windowed_fwd_kernel, triton
+from .eva_summary_kernels import eva_summary_bwd_kernel, eva_summary_fwd_kernel
 
 # Also loaded as remote code, possibly beside the installed package: each copy registers operators of its own.
 NAMESPACE = __name__.replace(".", "_").replace("-", "_")
@@ -157,3 +160,136 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 windowed.register_autograd(_backward, setup_context=_save)
+
+
+def _summary_sizes(chunk_size: int, head_dim: int) -> dict[str, int]:
+    """About 2,048 elements of keys in a program."""
+    block_c, block_d = triton.next_power_of_2(chunk_size), max(16, triton.next_power_of_2(head_dim))
+    sizes = {"CHUNK": chunk_size, "BLOCK_C": block_c, "D": head_dim, "BLOCK_D": block_d}
+    return sizes | {"BC": max(1, 2048 // (block_c * block_d)), "num_warps": 4}
+
+
+@torch.library.custom_op(f"{NAMESPACE}::summarize", mutates_args=())
+def summarize(
+    keys: Tensor, values: Tensor, adaptive_mu_k: Tensor, adaptive_phi: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Summary keys and values [B, H, n, D] of keys and values [B, H, n * chunk_size, D].
+
+    The learned vectors are [H, D]; softmaxes are taken in float32.
+    """
+    _check(keys)
+    keys, values = _rows(keys, values)
+    batch, heads, length, head_dim = keys.shape
+    chunks = length // chunk_size
+    summary_keys = keys.new_empty(batch, heads, chunks, head_dim)
+    summary_values = torch.empty_like(summary_keys)
+    if chunks:
+        sizes = _summary_sizes(chunk_size, head_dim)
+        eva_summary_fwd_kernel[(triton.cdiv(chunks, sizes["BC"]), batch * heads)](
+            keys, values, adaptive_mu_k.float().contiguous(), adaptive_phi.float().contiguous(),
+            summary_keys, summary_values, *_strides(keys, values, summary_keys),
+            heads, chunks, head_dim**-0.5, **sizes,
+        )  # fmt: skip
+    return summary_keys, summary_values
+
+
+@summarize.register_fake
+def _(keys, values, adaptive_mu_k, adaptive_phi, chunk_size):  # type: ignore[no-untyped-def]
+    shape = (*keys.shape[:2], keys.shape[2] // chunk_size, keys.shape[3])
+    return keys.new_empty(shape), keys.new_empty(shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::summarize_backward", mutates_args=())
+def summarize_backward(
+    key_grad: Tensor,
+    value_grad: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of keys, values and both learned vectors."""
+    keys, values = _rows(keys, values)
+    key_grad, value_grad = key_grad.contiguous(), value_grad.contiguous()
+    batch, heads, _, head_dim = keys.shape
+    chunks = key_grad.shape[2]
+    keys_grad, values_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (keys, values))
+    sizes = _summary_sizes(chunk_size, head_dim)
+    programs = triton.cdiv(chunks, sizes["BC"])
+    mu_parts = torch.zeros(batch, heads, programs, head_dim, dtype=torch.float32, device=keys.device)
+    phi_parts = torch.zeros_like(mu_parts)
+    if chunks:
+        eva_summary_bwd_kernel[(programs, batch * heads)](
+            keys, values, adaptive_mu_k.float().contiguous(), adaptive_phi.float().contiguous(),
+            key_grad, value_grad, keys_grad, values_grad, mu_parts, phi_parts,
+            *_strides(keys, values, key_grad, keys_grad), heads, chunks, head_dim**-0.5, **sizes,
+        )  # fmt: skip
+    return (
+        keys_grad,
+        values_grad,
+        mu_parts.sum((0, 2)).to(adaptive_mu_k.dtype),
+        phi_parts.sum((0, 2)).to(adaptive_phi.dtype),
+    )
+
+
+@summarize_backward.register_fake
+def _(key_grad, value_grad, keys, values, adaptive_mu_k, adaptive_phi, chunk_size):  # type: ignore[no-untyped-def]
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (keys, values, adaptive_mu_k, adaptive_phi)
+    )
+
+
+def _save_summaries(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _summaries_backward(ctx, key_grad, value_grad):  # type: ignore[no-untyped-def]
+    return (*summarize_backward(key_grad, value_grad, *ctx.saved_tensors, ctx.chunk_size), None)
+
+
+summarize.register_autograd(_summaries_backward, setup_context=_save_summaries)
+
+
+MIN_SPLIT = 256  # columns that a program of the decoding kernel reads at least
+
+
+@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
+def decode(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, open_end: Tensor, among_new: Tensor) -> Tensor:
+    """Attention of new tokens [B, H, T, D] over a slice of the cache [B, H, K, D]; see `EvaLayout.window_bounds`."""
+    _check(query)
+    query, keys, values = _rows(query, keys, values)
+    batch, heads, tokens, head_dim = query.shape
+    columns = keys.shape[2]
+    block_t = min(64, max(16, triton.next_power_of_2(tokens)))
+    programs = batch * heads * triton.cdiv(tokens, block_t)
+    wanted = max(1, min(2 * _processors(query.device) // programs, columns // MIN_SPLIT))
+    split = triton.cdiv(triton.cdiv(columns, wanted), 64) * 64
+    splits = triton.cdiv(columns, split)
+    parts = torch.empty(batch, heads, splits, tokens, head_dim, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch, heads, splits, tokens, dtype=torch.float32, device=query.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    eva_decode_fwd_kernel[(triton.cdiv(tokens, block_t), splits, batch * heads)](
+        query, keys, values, first, open_end, among_new, parts, lse,
+        *_strides(query, keys, values), among_new.stride(0) if among_new.shape[0] > 1 else 0,
+        heads, tokens, columns, split, head_dim**-0.5 / math.log(2),
+        D=head_dim, BLOCK_D=block_d, BT=block_t, BN=64 if block_d * query.element_size() <= 256 else 32,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if splits == 1:
+        return parts[:, :, 0].to(query.dtype)
+    weights = torch.softmax(lse * math.log(2), dim=2)
+    return torch.einsum("bhst,bhstd->bhtd", weights, parts).to(query.dtype)
+
+
+@decode.register_fake
+def _(query, keys, values, first, open_end, among_new):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few in the interpreter, so that keys are split there too."""
+    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evabyte import EvaByteConfig
-from .eva_attention import cached_attention, layout_attention
+from .eva_attention import cached_attention, layout_attention, summarizer
 from .eva_cache import eva_layers
 from .eva_layout import DraftTree, EvaLayout
 from .multibyte_generation import MultibyteGenerationMixin
@@ -138,8 +138,9 @@ class EvaByteAttention(nn.Module):
         if past_key_values is None:
             output = layout_attention(query, key, value, *learned, layout, backend, fp32_softmax)
         else:
-            states, _ = past_key_values.update(key, value, self.layer_idx, layout, *learned, fp32_softmax)
-            output = cached_attention(query, states, *learned, layout, backend, fp32_softmax)
+            summarize = summarizer(*learned, layout.chunk_size, backend, fp32_softmax)
+            states, _ = past_key_values.update(key, value, self.layer_idx, layout, summarize)
+            output = cached_attention(query, states, summarize, layout, backend, fp32_softmax)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
 
 

@@ -13,46 +13,56 @@ pytest.importorskip("triton")
 
 # Compiled in a process of its own: here the kernels may have been imported for the interpreter.
 COMPILE = r"""
-import json, sys, torch
+import sys
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import triton
-from evabyte import eva_kernels
-from evabyte.eva_triton import launch_sizes
+from evabyte import eva_decode_kernels, eva_kernels, eva_summary_kernels
+from evabyte.eva_triton import _summary_sizes, launch_sizes
 
 backend, arch, warp, dtype_name, head_dim, folder = sys.argv[1:]
+head_dim = int(head_dim)
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
 dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
+blocks = {**launch_sizes(head_dim, dtype), "D": head_dim}
+columns = {**blocks, "BM": blocks["BN"], "BN": max(blocks["BM"] // 2, 32)}
+narrow = 64 if blocks["BLOCK_D"] * dtype.itemsize <= 256 else 32
+tree = {"D": head_dim, "BLOCK_D": blocks["BLOCK_D"], "BT": 64, "BN": narrow, "num_warps": 4, "num_stages": 2}
+chunks = {**_summary_sizes(16, head_dim), "num_stages": 2}
 kernels = {
-    "fwd": (eva_kernels.eva_windowed_fwd_kernel, {}),
-    "dq": (eva_kernels.eva_windowed_bwd_dq_kernel, {}),
-    "dkv": (eva_kernels.eva_windowed_bwd_dkv_kernel, {"IS_SUMMARY": False}),
-    "dsummary": (eva_kernels.eva_windowed_bwd_dkv_kernel, {"IS_SUMMARY": True}),
+    "fwd": (eva_kernels.eva_windowed_fwd_kernel, blocks),
+    "dq": (eva_kernels.eva_windowed_bwd_dq_kernel, blocks),
+    "dkv": (eva_kernels.eva_windowed_bwd_dkv_kernel, {**columns, "IS_SUMMARY": False}),
+    "dsummary": (eva_kernels.eva_windowed_bwd_dkv_kernel, {**columns, "IS_SUMMARY": True}),
+    "summary_fwd": (eva_summary_kernels.eva_summary_fwd_kernel, chunks),
+    "summary_bwd": (eva_summary_kernels.eva_summary_bwd_kernel, chunks),
+    "decode": (eva_decode_kernels.eva_decode_fwd_kernel, tree),
 }
-FLOATS = {"q", "k", "v", "sk", "sv", "o", "do", "dq", "dk", "dv"}
-for name, (kernel, extra) in kernels.items():
-    sizes = launch_sizes(int(head_dim), dtype)
-    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-    if name in ("dkv", "dsummary"):
-        sizes |= {"BM": sizes["BN"], "BN": max(sizes["BM"] // 2, 32)}
+POINTERS = {
+    **dict.fromkeys(["q", "k", "v", "sk", "sv", "o", "do", "dq", "dk", "dv", "dsk", "dsv"], dtype_name),
+    **dict.fromkeys(["lse", "delta", "mu", "phi", "dmu", "dphi", "parts"], "fp32"),
+    **dict.fromkeys(["first_summary", "first", "open_end"], "i32"),
+    "tree": "u8",
+}
+for name, (kernel, sizes) in kernels.items():
+    sizes = dict(sizes)
+    options = {"num_warps": sizes.pop("num_warps"), "num_stages": sizes.pop("num_stages")}
     signature = {}
     for parameter in kernel.params:
         at = parameter.name
-        signature[at] = (
-            "constexpr" if parameter.is_constexpr
-            else f"*{dtype_name}" if at in FLOATS
-            else "*fp32" if at in ("lse", "delta")
-            else "*i32" if at == "first_summary"
-            else "fp32" if at.startswith("scale")
-            else "i32"
-        )
+        if parameter.is_constexpr:
+            signature[at] = "constexpr"
+        elif at in POINTERS:
+            signature[at] = "*" + POINTERS[at]
+        else:
+            signature[at] = "fp32" if at.startswith("scale") else "i32"
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (at, kind) in enumerate(signature.items())
         if kind.startswith("*") or at.startswith("stride")
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs={**sizes, **extra, "D": int(head_dim)}, attrs=aligned)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)
+    compiled = triton.compile(source, target=target, options=options)
     code = compiled.asm.get("cubin") or compiled.asm["amdgcn"].encode()
     open(f"{folder}/{name}", "wb").write(code)
     print(name, compiled.metadata.shared)

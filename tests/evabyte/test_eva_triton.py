@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from test_eva_attention import operator_inputs
-from tiny import logits_alone, random_ids, tiny_model
+from tiny import logits_alone, pad_left, random_ids, tiny_model
 from transformers import DynamicCache
 
 from evabyte import eva_attention, eva_triton
+from evabyte.eva_math import summarize_chunks
 
 if not eva_triton.INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1 (tests/gpu runs the kernels on a GPU)", allow_module_level=True)
@@ -78,7 +79,56 @@ def test_half_precision_and_strides():
     assert relative_error(output.double(), reference) < 4 * torch.finfo(torch.float16).eps
 
 
-@pytest.mark.parametrize("cut", [7, 16, 33])
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    nodes=st.integers(1, 40),
+    min_split=st.sampled_from([16, 256]),
+    seed=st.integers(0, 99),
+)
+def test_trees_on_ragged_rows(lengths, nodes, min_split, seed):
+    """The decoding kernel, with the keys split or not, against the specification of the same calls."""
+    generator = torch.Generator().manual_seed(seed)
+    tree = torch.eye(nodes, dtype=torch.bool)
+    for node in range(1, nodes):
+        tree[node] |= tree[int(torch.randint(max(0, node - 4), node, (), generator=generator))]
+    rows = [random_ids(n, seed=n) for n in lengths]
+    ids, mask = pad_left(rows)
+    draft, logits = random_ids(len(rows), nodes, seed=seed), []
+    for backend in ("naive", "eva_triton"):
+        model = tiny_model(64, 4, backend=backend)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(eva_triton, "MIN_SPLIT", min_split)
+            model(ids, attention_mask=mask, past_key_values=cache)
+            logits.append(model(draft, draft_tree=tree[None], past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=10)
+@given(
+    batch=st.integers(1, 2),
+    chunks=st.integers(0, 9),
+    chunk_size=st.integers(1, 20),
+    head_dim=st.sampled_from([8, 20, 64]),
+)
+def test_summaries(batch, chunks, chunk_size, head_dim):
+    results = {}
+    for function in (summarize_chunks, eva_triton.summarize):
+        inputs = [
+            t.requires_grad_() for t in operator_inputs(batch, chunks * chunk_size, 4, 2, head_dim, torch.float32)
+        ]
+        _, keys, values, mu, phi = inputs
+        summaries = function(keys, values, mu, phi, chunk_size)
+        (summaries[0].sin().sum() + summaries[1].cos().sum()).backward()
+        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in (keys, values, mu, phi)]
+        results[function] = [*summaries, *grads]
+    for naive, kernel in zip(*results.values(), strict=True):
+        assert naive.shape == kernel.shape
+        assert naive.numel() == 0 or relative_error(kernel, naive) < 1e-5
+
+
+@pytest.mark.parametrize("cut", [1, 7, 16, 33])
 def test_a_model_on_a_cache(cut):
     model, ids = tiny_model(backend="eva_triton"), random_ids(2, 61)
     cache = DynamicCache(config=model.config)
