@@ -26,8 +26,8 @@ def launch_sizes(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     wide = block_d * dtype.itemsize
-    if dtype.itemsize > 2:
-        return {"BLOCK_D": block_d, "BM": 32, "BN": 32, "num_warps": 4 if wide <= 256 else 8, "num_stages": 1}
+    if dtype.itemsize > 2:  # products in full precision are unrolled: small blocks, or they spill
+        return {"BLOCK_D": block_d, "BM": 32 if wide <= 256 else 16, "BN": 16, "num_warps": 8, "num_stages": 1}
     if wide <= 128:
         return {"BLOCK_D": block_d, "BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
     if wide <= 256:
@@ -126,7 +126,7 @@ def windowed_backward(
     )  # fmt: skip
     grads = [query_grad]
     # Here the block of keys stays and blocks of queries pass by: their sizes change places.
-    swapped = {**sizes, "BM": sizes["BN"], "BN": max(sizes["BM"] // 2, 32)}
+    swapped = {**sizes, "BM": sizes["BN"], "BN": max(sizes["BM"] // 2, 16)}
     for keys, values, is_summary in ((key, value, False), (summary_key, summary_value, True)):
         key_grad, value_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (keys, values))
         if keys.shape[2]:
@@ -253,6 +253,15 @@ def _summaries_backward(ctx, key_grad, value_grad):  # type: ignore[no-untyped-d
 summarize.register_autograd(_summaries_backward, setup_context=_save_summaries)
 
 
+def decode_sizes(head_dim: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+    """Block sizes and warps of the decoding kernel, on the same grounds as `launch_sizes`."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if dtype.itemsize > 2:
+        return {"BLOCK_D": block_d, "BT": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+    block_t = min(64, max(16, triton.next_power_of_2(tokens)))
+    return {"BLOCK_D": block_d, "BT": block_t, "BN": 64 if block_d <= 128 else 32, "num_warps": 4, "num_stages": 2}
+
+
 MIN_SPLIT = 256  # columns that a program of the decoding kernel reads at least
 
 
@@ -263,20 +272,18 @@ def decode(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, open_end:
     query, keys, values = _rows(query, keys, values)
     batch, heads, tokens, head_dim = query.shape
     columns = keys.shape[2]
-    block_t = min(64, max(16, triton.next_power_of_2(tokens)))
-    programs = batch * heads * triton.cdiv(tokens, block_t)
+    sizes = decode_sizes(head_dim, query.dtype, tokens)
+    token_blocks = triton.cdiv(tokens, sizes["BT"])
+    programs = batch * heads * token_blocks
     wanted = max(1, min(2 * _processors(query.device) // programs, columns // MIN_SPLIT))
     split = triton.cdiv(triton.cdiv(columns, wanted), 64) * 64
     splits = triton.cdiv(columns, split)
     parts = torch.empty(batch, heads, splits, tokens, head_dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch, heads, splits, tokens, dtype=torch.float32, device=query.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    eva_decode_fwd_kernel[(triton.cdiv(tokens, block_t), splits, batch * heads)](
+    eva_decode_fwd_kernel[(token_blocks, splits, batch * heads)](
         query, keys, values, first, open_end, among_new, parts, lse,
         *_strides(query, keys, values), among_new.stride(0) if among_new.shape[0] > 1 else 0,
-        heads, tokens, columns, split, head_dim**-0.5 / math.log(2),
-        D=head_dim, BLOCK_D=block_d, BT=block_t, BN=64 if block_d * query.element_size() <= 256 else 32,
-        num_warps=4, num_stages=2,
+        heads, tokens, columns, split, head_dim**-0.5 / math.log(2), D=head_dim, **sizes,
     )  # fmt: skip
     if splits == 1:
         return parts[:, :, 0].to(query.dtype)

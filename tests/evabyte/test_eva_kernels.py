@@ -18,16 +18,15 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from evabyte import eva_decode_kernels, eva_kernels, eva_summary_kernels
-from evabyte.eva_triton import _summary_sizes, launch_sizes
+from evabyte.eva_triton import _summary_sizes, decode_sizes, launch_sizes
 
 backend, arch, warp, dtype_name, head_dim, folder = sys.argv[1:]
 head_dim = int(head_dim)
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
 dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
 blocks = {**launch_sizes(head_dim, dtype), "D": head_dim}
-columns = {**blocks, "BM": blocks["BN"], "BN": max(blocks["BM"] // 2, 32)}
-narrow = 64 if blocks["BLOCK_D"] * dtype.itemsize <= 256 else 32
-tree = {"D": head_dim, "BLOCK_D": blocks["BLOCK_D"], "BT": 64, "BN": narrow, "num_warps": 4, "num_stages": 2}
+columns = {**blocks, "BM": blocks["BN"], "BN": max(blocks["BM"] // 2, 16)}
+tree = {**decode_sizes(head_dim, dtype, 64), "D": head_dim}
 chunks = {**_summary_sizes(16, head_dim), "num_stages": 2}
 kernels = {
     "fwd": (eva_kernels.eva_windowed_fwd_kernel, blocks),
