@@ -65,21 +65,21 @@ class DraftTrees:
         """
         batch, nodes = self.ids.shape
         parents = self.parents.expand(batch, -1)
-        rows = torch.arange(batch, device=self.ids.device)
-        at = torch.zeros_like(rows)
-        new_parents, new_ids = [], []
-        for step in range(chains.shape[1]):
-            byte, wanted = chains[:, step], step < lengths
-            same = (parents == at[:, None]) & (self.ids == byte[:, None])  # a child of where the chain stands
-            known = same.any(-1) & wanted
-            new_parents.append(torch.where(wanted & ~known, at, ABSENT))
-            new_ids.append(byte)
-            at = torch.where(known, same.to(torch.int8).argmax(-1), torch.where(wanted, nodes + step, at))
+        at = torch.zeros(batch, dtype=torch.int64, device=self.ids.device)
+        steps = torch.arange(chains.shape[1], device=self.ids.device)
+        wanted = steps < lengths[:, None]
+        # Each byte hangs from the one before it; the first that the tree lacks from where the chain leaves the tree.
+        new_parents = torch.where(wanted, nodes + steps - 1, ABSENT)
+        for step in range(min(chains.shape[1], self.max_depth + 1)):  # beyond that the tree has no node
+            same = (parents == at[:, None]) & (self.ids == chains[:, step, None])
+            known = same.any(-1) & wanted[:, step]
+            new_parents[:, step] = torch.where(wanted[:, step] & ~known, at, ABSENT)
+            at = torch.where(known, same.to(torch.int8).argmax(-1), nodes + step)
         sources = self.sources if self.sources is not None else torch.zeros_like(parents)
         added = torch.full_like(chains, source)
         return DraftTrees(
-            torch.cat((self.ids, torch.stack(new_ids, -1)), dim=1),
-            torch.cat((parents, torch.stack(new_parents, -1)), dim=1),
+            torch.cat((self.ids, chains), dim=1),
+            torch.cat((parents, new_parents), dim=1),
             max(self.max_depth, chains.shape[1]),
             torch.cat((sources.expand(batch, -1), added), dim=1),
         )

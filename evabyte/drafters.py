@@ -82,22 +82,28 @@ class DynamicDrafter:
         width = min(self.nodes, log_probs.shape[-1])
         best, ids = log_probs.topk(width, dim=-1)  # [B, depths, width]
         above, rank = _rank_pairs(width, device)
-        # Depth by depth the best paths of that length, each with its place in the level above.
-        scores, level_ids, level_parents = [best[:, 0]], [ids[:, 0]], [torch.zeros_like(ids[:, 0])]
-        for depth in range(1, depths):
-            level, chosen = (scores[-1][:, above] + best[:, depth, rank]).topk(width, dim=-1)
+        # Depth by depth the best paths of that length; `chosen` says which pair each consists of.
+        gains = best[:, 1:].index_select(2, rank)  # [B, depths - 1, pairs]
+        scores, chosen = [best[:, 0]], []
+        for depth in range(depths - 1):
+            level, pairs = (scores[-1].index_select(1, above) + gains[:, depth]).topk(width, dim=-1)
             scores.append(level)
-            level_ids.append(ids[:, depth].gather(1, rank[chosen]))
-            level_parents.append(above[chosen])
+            chosen.append(pairs)
+        ranks = torch.arange(width, device=device).expand(batch, 1, -1)
+        parent_rank = torch.zeros_like(ranks)
+        if chosen:
+            pairs = torch.stack(chosen, dim=1)
+            ranks, parent_rank = torch.cat((ranks, rank[pairs]), dim=1), torch.cat((parent_rank, above[pairs]), dim=1)
+        level_ids = ids.gather(2, ranks).flatten(1)
         # Of all levels the best; the stable order keeps a parent before its children, even at equal scores.
         order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True).indices
         kept = order[:, : self.nodes]
         numbers = torch.arange(order.shape[1], device=device)
         node = torch.empty_like(order).scatter_(1, order, (numbers + 1).expand_as(order))
-        parent_place = (numbers // width - 1).clamp(min=0) * width + torch.cat(level_parents, dim=1)
+        parent_place = (numbers // width - 1).clamp(min=0) * width + parent_rank.flatten(1)
         parent = torch.where(numbers < width, 0, node.gather(1, parent_place))
         return DraftTrees(
-            torch.cat((context.root[:, None], torch.cat(level_ids, dim=1).gather(1, kept)), dim=1),
+            torch.cat((context.root[:, None], level_ids.gather(1, kept)), dim=1),
             torch.cat((parents, parent.gather(1, kept)), dim=1),
             depths,
         )
@@ -169,7 +175,7 @@ class UnionDrafter:
 
 def default_nodes(device: torch.device, batch: int) -> int:
     """Nodes of a dynamic tree. On an accelerator about 256 tokens a forward are nearly free; a CPU pays for each."""
-    return max(8, min(64, 256 // batch)) if device.type != "cpu" else max(4, 16 // batch)
+    return max(8, min(64, 256 // batch)) if device.type != "cpu" else max(4, 8 // batch)
 
 
 def make_drafter(name: str, max_depth: int, device: torch.device, batch: int, nodes: int | None = None) -> Drafter:
