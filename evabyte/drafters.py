@@ -24,7 +24,7 @@ class DraftContext:
             predicts the byte h + 1 after the root. No heads for a model with one.
         texts: per row the ids so far, prompt first, root last, as lists on the host.
         rows: per row its number in the batch as it was passed; finished rows may have left.
-        temperature: of sampling, 1.0 when decoding greedily.
+        temperature: by which the heads' logits are to be divided before they rank drafts.
     """
 
     root: Tensor

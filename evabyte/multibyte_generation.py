@@ -26,6 +26,9 @@ from .eva_layout import DraftTree
 from .multibyte_output import MultibyteGenerateOutput, Step, by_step
 from .next_byte import PREFIX_FREE, GrowingRows, NextByte, NodeDraws, TypicalAcceptance
 
+# The most probable byte is taken more often than its probability says, so drafts may bet on it. On the bundled model
+# 0.5 to 0.7 brought the most bytes per forward, at 8 to 64 nodes.
+GREEDY_DRAFT_TEMPERATURE = 0.6
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 OWN_ARGUMENTS = ("draft", "draft_nodes", "medusa_choices", "typical", "return_acc_lengths", "return_trace")
 
@@ -161,14 +164,16 @@ class _Run:
     def _draft(self) -> DraftTrees:
         """One tree for every row in the batch."""
         texts = [self.rows.texts[row] for row in self.in_batch]
-        sampling = self.next_byte.do_sample and self.generation_config.temperature
+        temperature = GREEDY_DRAFT_TEMPERATURE
+        if self.next_byte.do_sample:
+            temperature = float(self.generation_config.temperature or 1.0)
         return self.drafter.draft(
             DraftContext(
                 root=torch.tensor([text[-1] for text in texts], device=self.head_logits.device),
                 head_logits=self.head_logits,
                 texts=texts,
                 rows=self.in_batch,
-                temperature=float(sampling) if sampling else 1.0,
+                temperature=temperature,
             )
         )
 
