@@ -105,7 +105,9 @@ def test_sampling_draws_the_same_bytes(block):
         assert torch.equal(torch.get_rng_state(), state)  # and the next call goes on as after `generate`
 
 
-@pytest.mark.parametrize("warpers", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0.35, "top_k": 4}])
+@pytest.mark.parametrize(
+    "warpers", [{"top_k": 3}, {"top_p": 0.8, "temperature": 2.0}, {"min_p": 0.2}, {"temperature": 0.35, "top_k": 4}]
+)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_sampled_bytes_have_the_exact_distribution(draft, batch, warpers):
