@@ -143,7 +143,7 @@ def main() -> None:
             todo = tasks(kind, batch, options.prompts, options.new_bytes, options.device)
             for temperature in options.temperature if kind != "edit" else [0.0]:
                 rows += compare(model, kind, batch, temperature, todo, options)
-    result = {"provenance": provenance("drafters.py", sys.argv[1:], options.device), "model": str(folder), "rows": rows}
+    result = {"provenance": provenance("drafters.py", sys.argv[1:], options.device), "model": folder.name, "rows": rows}
     finish(result, options.save)
 
 

@@ -93,7 +93,7 @@ def main() -> None:
             f"{draft:15} ms per step: {row['step']:6.3f} = {parts}; overhead {row['overhead']['median']:.1%}",
             flush=True,
         )
-    facts = {"provenance": provenance("overhead.py", sys.argv[1:], options.device), "model": str(folder), "rows": rows}
+    facts = {"provenance": provenance("overhead.py", sys.argv[1:], options.device), "model": folder.name, "rows": rows}
     finish(facts, options.save)
 
 
