@@ -106,7 +106,13 @@ def test_sampling_draws_the_same_bytes(block):
 
 
 @pytest.mark.parametrize(
-    "warpers", [{"top_k": 3}, {"top_k": 4, "top_p": 0.95, "temperature": 2.0}, {"min_p": 0.2}, {"temperature": 0.35, "top_k": 4}]
+    "warpers",
+    [
+        {"top_k": 3},
+        {"top_k": 4, "top_p": 0.95, "temperature": 2.0},
+        {"min_p": 0.2},
+        {"temperature": 0.35, "top_k": 4},
+    ],
 )
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("draft", DRAFTS)
