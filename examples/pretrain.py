@@ -406,6 +406,7 @@ def main() -> None:
         raise SystemExit(
             f"--resume: there is no checkpoint in {arguments.output_dir}; leave --resume out to start anew"
         )
+    origin = provenance(options, arguments, trainer.model)  # now: the checkout may move on while this runs
     trainer.train(resume_from_checkpoint=checkpoint)
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -415,7 +416,7 @@ def main() -> None:
         EvaByteTokenizer().save_pretrained(options.output)
     model.float()  # what is evaluated is what was saved
     curve = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    report = {"provenance": provenance(options, arguments, model), "final": full_evaluation(trainer), "curve": curve}
+    report = {"provenance": origin, "final": full_evaluation(trainer), "curve": curve}
     if trainer.is_world_process_zero():
         (options.output / "training_log.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         plot_curve(curve, heldout, options.output / "loss_curve.png")
