@@ -217,11 +217,13 @@ class Backend:
         within_window: attention of new tokens [B, H, N, D] over `WindowStates`, given their layout.
         windowed: attention of whole sequences; takes what `windowed_attention` takes but for `attend`.
         summarize: summaries of chunks; takes what `summarize_chunks` takes.
+        packed: None, or attention of query, key, value [B, H, N, D] whose layout is `in_place`, without gathering.
     """
 
     within_window: Callable[[Tensor, WindowStates, EvaLayout, bool], Tensor]
     windowed: Callable[..., Tensor]
     summarize: Callable[..., tuple[Tensor, Tensor]] = summarize_chunks
+    packed: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, EvaLayout], Tensor] | None = None
 
 
 def attention_within_window(
@@ -257,9 +259,28 @@ def _windowed_triton(
     """`windowed_attention` by Triton kernels, whose softmax is always taken in float32."""
     from .eva_triton import windowed
 
-    first = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
-    first = first if missing is None else missing.to(torch.int32)
-    return windowed(query, key, value, summary_key, summary_value, first, prior, window_size, chunk_size)[0]
+    table = None
+    if missing is not None:
+        table = missing.new_zeros(query.shape[0], 6)
+        table[:, 0] = torch.arange(query.shape[0], device=query.device)
+        table[:, 2], table[:, 4], table[:, 5] = key.shape[2], prior, missing
+        table = table.to(torch.int32)
+    sizes = (query.shape[2], prior, window_size, chunk_size)
+    return windowed(query, key, value, summary_key, summary_value, table, *sizes)[0]
+
+
+def _packed_triton(
+    query: Tensor, key: Tensor, value: Tensor, adaptive_mu_k: Tensor, adaptive_phi: Tensor, layout: EvaLayout
+) -> Tensor:
+    """Attention of padded and packed rows [B, H, N, D] where they lie, by Triton kernels."""
+    from .eva_triton import summarize, windowed
+
+    packed, shape = layout.packed(query.device), (key.shape[1], key.shape[3])
+    summaries = summarize(
+        key, value, adaptive_mu_k.reshape(shape), adaptive_phi.reshape(shape), layout.chunk_size, packed.chunk_starts
+    )
+    sizes = (packed.longest, 0, layout.window_size, layout.chunk_size)
+    return windowed(query, key, value, *summaries, packed.table, *sizes)[0]
 
 
 def _summarize_triton(
@@ -295,7 +316,7 @@ BACKENDS = {
         name: Backend(partial(attention_within_window, attend=attend), partial(windowed_attention, attend=attend))
         for name, attend in (("naive", attend_naive), ("eager", attend_naive), ("sdpa", attend_sdpa))
     },
-    "eva_triton": Backend(_within_window_triton, _windowed_triton, _summarize_triton),
+    "eva_triton": Backend(_within_window_triton, _windowed_triton, _summarize_triton, _packed_triton),
 }
 
 
@@ -341,7 +362,8 @@ def layout_attention(
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention without a cache; query, key, value and result are [B, H, N, D]."""
-    windowed = get_backend(backend).windowed
+    chosen = get_backend(backend)
+    windowed, packed = chosen.windowed, chosen.packed
     if backend in ("naive", "eager"):
         return naive_eva_attention(
             query,
@@ -358,6 +380,8 @@ def layout_attention(
 
     summarize = summarizer(adaptive_mu_k, adaptive_phi, layout.chunk_size, backend, fp32_softmax)
     if not layout.uniform:
+        if packed is not None and layout.in_place:
+            return packed(query, key, value, adaptive_mu_k, adaptive_phi, layout)
         return grouped_attention(query, key, value, layout, summarize, windowed, fp32_softmax=fp32_softmax)
     closed = (layout.length - 1) // layout.window_size * layout.window_size
     return windowed(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,22 @@ class SequenceGroup:
     destination: Tensor
     rows: Tensor
     summaries: Tensor | None
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Where the sequences lie that start in this call, for kernels that address them in place.
+
+    Attributes:
+        table: int32 [G, 6], as `eva_kernels.py` describes it.
+        chunk_starts: int32 [B, S], slot of the first token of each chunk that needs a summary, those of a row's
+            sequences one behind the other; -1 where a row has fewer than S.
+        longest: tokens of the longest sequence.
+    """
+
+    table: Tensor
+    chunk_starts: Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,7 @@ class EvaLayout:
     sequences: list[Sequence] = field(default_factory=list)
     tree: DraftTree | None = None
     _groups: dict[torch.device, list[SequenceGroup]] = field(default_factory=dict)
+    _packed: dict[torch.device, PackedSequences] = field(default_factory=dict)
     _bounds: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[torch.device, torch.dtype], Tensor | None] = field(default_factory=dict)
 
@@ -287,6 +304,29 @@ class EvaLayout:
                 by_size[(bool(sequence.past), self._aligned_length(sequence).bit_length())].append(sequence)
             self._groups[device] = [self._group(members, open_tokens, stride, device) for members in by_size.values()]
         return self._groups[device]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every sequence starts in this call and its tokens lie one behind the other."""
+        return not any(self.past) and all(
+            int(sequence.slots[-1]) - int(sequence.slots[0]) == sequence.length - 1 for sequence in self.sequences
+        )
+
+    def packed(self, device: torch.device) -> PackedSequences:
+        """The sequences of a layout that is `in_place`."""
+        if device not in self._packed:
+            table, starts = [], [torch.zeros(0, dtype=torch.int64) for _ in range(self.batch)]
+            for sequence in self.sequences:
+                row, slot = sequence.row, int(sequence.slots[0])
+                table.append([row, slot, sequence.length, starts[row].numel(), 0, 0])
+                closed = (sequence.length - 1) // self.window_size * self.window_size
+                starts[row] = torch.cat((starts[row], torch.arange(slot, slot + closed, self.chunk_size)))
+            self._packed[device] = PackedSequences(
+                torch.tensor(table, dtype=torch.int32, device=device).view(-1, 6),
+                nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=-1).to(device, torch.int32),
+                max((sequence.length for sequence in self.sequences), default=0),
+            )
+        return self._packed[device]
 
     def _aligned_length(self, sequence: Sequence) -> int:
         """Tokens of a sequence from the border of the window in which its new tokens begin."""

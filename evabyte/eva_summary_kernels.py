@@ -30,27 +30,41 @@ def _weights(b_k, b_mu, b_phi, inside, scale):
 
 
 @triton.jit
+def _places(starts, b, chunk, within, CHUNKS, CHUNK: tl.constexpr):
+    """Slot of each token [BC, C], and whether there is one: without `starts` chunks lie one behind the other."""
+    inside = (chunk < CHUNKS)[:, None] & (within < CHUNK)[None, :]
+    if starts is None:
+        first = chunk * CHUNK
+    else:
+        first = tl.load(starts + b * CHUNKS + chunk, mask=chunk < CHUNKS, other=-1)
+        inside = inside & (first >= 0)[:, None]
+    return (first[:, None] + within[None, :]).to(tl.int64), inside
+
+
+@triton.jit
 def eva_summary_fwd_kernel(
-    k, v, mu, phi, sk, sv,
+    k, v, mu, phi, starts, sk, sv,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_sb, stride_sh, stride_sn,
     H, CHUNKS, scale, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """sk, sv [B, H, CHUNKS, D] of k, v [B, H, CHUNKS * CHUNK, D]; mu, phi [H, D] float32."""
+    """sk, sv [B, H, CHUNKS, D] of k, v [B, H, N, D]; mu, phi [H, D] float32.
+
+    starts is None, or int32 [B, CHUNKS]: slot of each chunk's first token, -1 for no chunk (its summary is zero).
+    """
     pid_c, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     chunk = pid_c * BC + tl.arange(0, BC)
     within, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    inside = (chunk < CHUNKS)[:, None] & (within < CHUNK)[None, :]  # [BC, C]
-    safe = inside | (chunk >= CHUNKS)[:, None]  # rows past the end: any finite softmax, never stored
-    row = (chunk[:, None] * CHUNK + within[None, :]).to(tl.int64)
+    row, inside = _places(starts, b, chunk, within, CHUNKS, CHUNK)  # [BC, C]
     mask = inside[:, :, None] & (d < D)[None, None, :]
     b_k = tl.load(k + b * stride_kb + h * stride_kh + row[:, :, None] * stride_kn + d, mask=mask, other=0.0)
     b_v = tl.load(v + b * stride_vb + h * stride_vh + row[:, :, None] * stride_vn + d, mask=mask, other=0.0)
     b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)  # [BC, C, D]
     b_mu = tl.load(mu + h * D + d, mask=d < D, other=0.0)
     b_phi = tl.load(phi + h * D + d, mask=d < D, other=0.0)
-    b_a, b_b = _weights(b_k, b_mu, b_phi, safe, scale)
+    # A chunk that is not there gets a finite softmax, of zeros.
+    b_a, b_b = _weights(b_k, b_mu, b_phi, (within < CHUNK)[None, :], scale)
     base = b * stride_sb + h * stride_sh + chunk.to(tl.int64)[:, None] * stride_sn + d[None, :]
     store = (chunk < CHUNKS)[:, None] & (d < D)[None, :]
     tl.store(sk + base, tl.sum(b_a[:, :, None] * b_k, 1).to(sk.dtype.element_ty), mask=store)
@@ -59,7 +73,7 @@ def eva_summary_fwd_kernel(
 
 @triton.jit
 def eva_summary_bwd_kernel(
-    k, v, mu, phi, dsk, dsv, dk, dv, dmu, dphi,
+    k, v, mu, phi, starts, dsk, dsv, dk, dv, dmu, dphi,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_sb, stride_sh, stride_sn,
     stride_db, stride_dh, stride_dn,
     H, CHUNKS, scale, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -70,16 +84,15 @@ def eva_summary_bwd_kernel(
     b, h = pid_bh // H, pid_bh % H
     chunk = pid_c * BC + tl.arange(0, BC)
     within, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    inside = (chunk < CHUNKS)[:, None] & (within < CHUNK)[None, :]
-    safe = inside | (chunk >= CHUNKS)[:, None]
-    row = (chunk[:, None] * CHUNK + within[None, :]).to(tl.int64)
+    row, inside = _places(starts, b, chunk, within, CHUNKS, CHUNK)  # [BC, C]
     mask = inside[:, :, None] & (d < D)[None, None, :]
     b_k = tl.load(k + b * stride_kb + h * stride_kh + row[:, :, None] * stride_kn + d, mask=mask, other=0.0)
     b_v = tl.load(v + b * stride_vb + h * stride_vh + row[:, :, None] * stride_vn + d, mask=mask, other=0.0)
     b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)  # [BC, C, D]
     b_mu = tl.load(mu + h * D + d, mask=d < D, other=0.0)
     b_phi = tl.load(phi + h * D + d, mask=d < D, other=0.0)
-    b_a, b_b = _weights(b_k, b_mu, b_phi, safe, scale)
+    # A chunk that is not there gets a finite softmax, of zeros.
+    b_a, b_b = _weights(b_k, b_mu, b_phi, (within < CHUNK)[None, :], scale)
 
     base = b * stride_sb + h * stride_sh + chunk.to(tl.int64)[:, None] * stride_sn + d[None, :]
     there = (chunk < CHUNKS)[:, None] & (d < D)[None, :]

@@ -11,31 +11,36 @@ import torch
 from torch import Tensor
 
 from .eva_decode_kernels import eva_decode_fwd_kernel
-from .eva_kernels import eva_windowed_bwd_dkv_kernel, eva_windowed_bwd_dq_kernel, eva_windowed_fwd_kernel, triton
+from .eva_kernels import (
+    eva_delta_kernel,
+    eva_windowed_bwd_dkv_kernel,
+    eva_windowed_bwd_dq_kernel,
+    eva_windowed_fwd_kernel,
+    triton,
+)
 from .eva_summary_kernels import eva_summary_bwd_kernel, eva_summary_fwd_kernel
+from .eva_tuning import Blocks, Tuning, device_class, tuning
 
 # Also loaded as remote code, possibly beside the installed package: each copy registers operators of its own.
 NAMESPACE = __name__.replace(".", "_").replace("-", "_")
 INTERPRETED = not isinstance(eva_windowed_fwd_kernel, triton.runtime.jit.JITFunction)
 
 
-def launch_sizes(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes and warps; blocks shrink as the head dimension or the width of an element grows.
+def launch(blocks: Blocks, head_dim: int) -> dict[str, int]:
+    """Block sizes and warps as the kernels take them."""
+    sizes = {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    return sizes | {"BM": blocks.rows, "BN": blocks.columns, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
-    Not tuned on a GPU yet: chosen so that nothing spills on sm_80 and sm_90 (see tests/evabyte/test_eva_kernels.py).
-    """
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    wide = block_d * dtype.itemsize
-    if dtype.itemsize > 2:  # products in full precision are unrolled: small blocks, or they spill
-        return {"BLOCK_D": block_d, "BM": 32 if wide <= 256 else 16, "BN": 16, "num_warps": 8, "num_stages": 1}
-    if wide <= 128:
-        return {"BLOCK_D": block_d, "BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-    if wide <= 256:
-        return {"BLOCK_D": block_d, "BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_D": block_d, "BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+
+def _tuning(query: Tensor) -> Tuning:
+    return tuning(device_class(query.device), query.element_size(), query.shape[-1])
 
 
 def _check(query: Tensor) -> None:
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"attn_implementation='eva_triton' computes in float32, float16 or bfloat16, not {query.dtype}: use 'sdpa'."
+        )
     if query.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             "attn_implementation='eva_triton' needs a GPU; on a CPU use 'sdpa', or set TRITON_INTERPRET=1 before the "
@@ -52,6 +57,12 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
+def _like(tensor: Tensor) -> Tensor:
+    """Uninitialised [B, H, N, D], laid out as [B, N, H, D]: what follows attention joins the heads without a copy."""
+    batch, heads, length, head_dim = tensor.shape
+    return tensor.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::windowed", mutates_args=())
 def windowed(
     query: Tensor,
@@ -59,16 +70,21 @@ def windowed(
     value: Tensor,
     summary_key: Tensor,
     summary_value: Tensor,
-    first_summary: Tensor,
+    sequences: Tensor | None,
+    longest: int,
     prior: int,
     window_size: int,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last Q of N positions, as `eva_attention.windowed_attention` defines it.
+    """Attention of sequences whose first key stands at a window border.
 
     Args:
-        query: [B, H, Q, D]; key, value: [B, H, N, D]; summary_key, summary_value: [B, H, S, D].
-        first_summary: int32 [B], the first summary that a row has.
+        query: [B, H, Q, D], belonging to the last Q positions; key, value: [B, H, N, D].
+        summary_key, summary_value: [B, H, S, D].
+        sequences: None when every row is one sequence, else the int32 [G, 6] table that `eva_kernels.py` describes;
+            output outside of the sequences is zero.
+        longest: queries of the longest sequence.
+        prior: without a table, summaries of windows before the first key.
 
     Returns:
         [B, H, Q, D] in the query's dtype, and the log-sum-exp in base 2, float32 [B, H, Q].
@@ -76,23 +92,24 @@ def windowed(
     _check(query)
     query, key, value, summary_key, summary_value = _rows(query, key, value, summary_key, summary_value)
     batch, heads, queries, head_dim = query.shape
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    output = _like(query)
+    if sequences is not None:
+        output.zero_()
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-    sizes = launch_sizes(head_dim, query.dtype)
-    eva_windowed_fwd_kernel[(triton.cdiv(queries, sizes["BM"]), batch * heads)](
-        query, key, value, summary_key, summary_value, first_summary, output, lse,
+    sizes = launch(_tuning(query).forward, head_dim)
+    blocks = triton.cdiv(longest, sizes["BM"])
+    eva_windowed_fwd_kernel[(blocks * (batch if sequences is None else sequences.shape[0]), heads)](
+        query, key, value, summary_key, summary_value, sequences, output, lse,
         *_strides(query, key, value, summary_key, summary_value, output),
-        heads, queries, key.shape[2], summary_key.shape[2], prior, window_size, window_size // chunk_size,
-        head_dim**-0.5 / math.log(2), D=head_dim, **sizes,
+        queries, key.shape[2], prior, window_size, window_size // chunk_size, blocks, head_dim**-0.5 / math.log(2),
+        **sizes,
     )  # fmt: skip
     return output, lse
 
 
 @windowed.register_fake
-def _(query, key, value, summary_key, summary_value, first_summary, prior, window_size, chunk_size):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(
-        query.shape[:3], dtype=torch.float32
-    )
+def _(query, key, value, summary_key, summary_value, *rest):  # type: ignore[no-untyped-def]
+    return _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::windowed_backward", mutates_args=())
@@ -103,66 +120,76 @@ def windowed_backward(
     value: Tensor,
     summary_key: Tensor,
     summary_value: Tensor,
-    first_summary: Tensor,
+    sequences: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    longest: int,
     prior: int,
     window_size: int,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, summary_key and summary_value, each in its tensor's shape and dtype."""
-    query, key, value, summary_key, summary_value = _rows(query, key, value, summary_key, summary_value)
-    grad = grad.contiguous()
+    grad, query, key, value, summary_key, summary_value = _rows(grad, query, key, value, summary_key, summary_value)
     batch, heads, queries, head_dim = query.shape
-    delta = (grad.float() * output.float()).sum(-1)  # [B, H, Q]
-    sizes, chunks = launch_sizes(head_dim, query.dtype), window_size // chunk_size
-    scale = head_dim**-0.5
-    query_grad = torch.empty_like(grad)
-    eva_windowed_bwd_dq_kernel[(triton.cdiv(queries, sizes["BM"]), batch * heads)](
-        query, key, value, summary_key, summary_value, first_summary, grad, lse, delta, query_grad,
-        *_strides(query, key, value, summary_key, summary_value, grad),
-        heads, queries, key.shape[2], summary_key.shape[2], prior, window_size, chunks, scale, scale / math.log(2),
-        D=head_dim, **sizes,
+    chunks, scale = window_size // chunk_size, head_dim**-0.5
+    scales, table_length = (scale, scale / math.log(2)), batch if sequences is None else sequences.shape[0]
+    tuned = _tuning(query)
+
+    delta = torch.empty_like(lse)
+    sizes = launch(tuned.query_grad, head_dim)
+    by_rows = {name: sizes[name] for name in ("D", "BLOCK_D", "BM", "num_warps")}
+    eva_delta_kernel[(triton.cdiv(queries, sizes["BM"]), batch * heads)](
+        output, grad, delta, *_strides(output, grad), heads, queries, **by_rows
+    )
+    query_grad, key_grad, value_grad = _like(query), _like(key), _like(value)
+    # Summaries of the last window are seen by no query, keys outside of the sequences neither: no program writes them.
+    summary_grads = [_like(states).zero_() for states in (summary_key, summary_value)]
+    if sequences is not None:
+        for gradient in (query_grad, key_grad, value_grad):
+            gradient.zero_()
+    blocks = triton.cdiv(longest, sizes["BM"])
+    eva_windowed_bwd_dq_kernel[(blocks * table_length, heads)](
+        query, key, value, summary_key, summary_value, sequences, grad, lse, delta, query_grad,
+        *_strides(query, key, value, summary_key, summary_value, grad, query_grad),
+        queries, key.shape[2], prior, window_size, chunks, blocks, *scales, **sizes,
     )  # fmt: skip
-    grads = [query_grad]
-    # Here the block of keys stays and blocks of queries pass by: their sizes change places.
-    swapped = {**sizes, "BM": sizes["BN"], "BN": max(sizes["BM"] // 2, 16)}
-    for keys, values, is_summary in ((key, value, False), (summary_key, summary_value, True)):
-        key_grad, value_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (keys, values))
-        if keys.shape[2]:
-            eva_windowed_bwd_dkv_kernel[(triton.cdiv(keys.shape[2], swapped["BN"]), batch * heads)](
-                query, keys, values, first_summary, grad, lse, delta, key_grad, value_grad,
-                *_strides(query, keys, values, grad, key_grad),
-                heads, queries, key.shape[2], keys.shape[2], prior, window_size, chunks, scale, scale / math.log(2),
-                IS_SUMMARY=is_summary, D=head_dim, **swapped,
+
+    sizes = launch(tuned.key_grad, head_dim)
+    most_keys = longest + key.shape[2] - queries
+    for keys, values, gradients, most, is_summary in (
+        (key, value, (key_grad, value_grad), most_keys, False),
+        (summary_key, summary_value, summary_grads, prior + (most_keys - 1) // window_size * chunks, True),
+    ):
+        if sequences is not None and is_summary:
+            most = keys.shape[2]
+        if most:
+            blocks = triton.cdiv(most, sizes["BN"])
+            eva_windowed_bwd_dkv_kernel[(blocks * table_length, heads)](
+                query, keys, values, sequences, grad, lse, delta, *gradients,
+                *_strides(query, keys, values, grad, gradients[0]),
+                queries, key.shape[2], prior, window_size, chunks, blocks, *scales, IS_SUMMARY=is_summary, **sizes,
             )  # fmt: skip
-        grads += [key_grad, value_grad]
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+    return query_grad, key_grad, value_grad, summary_grads[0], summary_grads[1]
 
 
 @windowed_backward.register_fake
 def _(grad, query, key, value, summary_key, summary_value, *rest):  # type: ignore[no-untyped-def]
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (query, key, value, summary_key, summary_value)
-    )
+    return tuple(_like(tensor) for tensor in (query, key, value, summary_key, summary_value))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, prior, window_size, chunk_size = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.sizes = (prior, window_size, chunk_size)
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.sizes = inputs[6:]
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    grads = windowed_backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    return (*grads, None, None, None, None)
+    return (*windowed_backward(grad, *ctx.saved_tensors, *ctx.sizes), *[None] * 5)
 
 
 windowed.register_autograd(_backward, setup_context=_save)
 
 
-def _summary_sizes(chunk_size: int, head_dim: int) -> dict[str, int]:
+def summary_launch(chunk_size: int, head_dim: int) -> dict[str, int]:
     """About 2,048 elements of keys in a program."""
     block_c, block_d = triton.next_power_of_2(chunk_size), max(16, triton.next_power_of_2(head_dim))
     sizes = {"CHUNK": chunk_size, "BLOCK_C": block_c, "D": head_dim, "BLOCK_D": block_d}
@@ -171,22 +198,28 @@ def _summary_sizes(chunk_size: int, head_dim: int) -> dict[str, int]:
 
 @torch.library.custom_op(f"{NAMESPACE}::summarize", mutates_args=())
 def summarize(
-    keys: Tensor, values: Tensor, adaptive_mu_k: Tensor, adaptive_phi: Tensor, chunk_size: int
+    keys: Tensor,
+    values: Tensor,
+    adaptive_mu_k: Tensor,
+    adaptive_phi: Tensor,
+    chunk_size: int,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summary keys and values [B, H, n, D] of keys and values [B, H, n * chunk_size, D].
+    """Summary keys and values [B, H, S, D] of the chunks of keys and values [B, H, N, D].
 
-    The learned vectors are [H, D]; softmaxes are taken in float32.
+    The learned vectors are [H, D]; softmaxes are taken in float32. `starts`, int32 [B, S], is the slot of each chunk's
+    first token, or -1 for none, whose summary is zero; without it chunks lie one behind the other, N = S * chunk_size.
     """
     _check(keys)
     keys, values = _rows(keys, values)
     batch, heads, length, head_dim = keys.shape
-    chunks = length // chunk_size
+    chunks = length // chunk_size if starts is None else starts.shape[1]
     summary_keys = keys.new_empty(batch, heads, chunks, head_dim)
     summary_values = torch.empty_like(summary_keys)
     if chunks:
-        sizes = _summary_sizes(chunk_size, head_dim)
+        sizes = summary_launch(chunk_size, head_dim)
         eva_summary_fwd_kernel[(triton.cdiv(chunks, sizes["BC"]), batch * heads)](
-            keys, values, adaptive_mu_k.float().contiguous(), adaptive_phi.float().contiguous(),
+            keys, values, adaptive_mu_k.float().contiguous(), adaptive_phi.float().contiguous(), starts,
             summary_keys, summary_values, *_strides(keys, values, summary_keys),
             heads, chunks, head_dim**-0.5, **sizes,
         )  # fmt: skip
@@ -194,8 +227,9 @@ def summarize(
 
 
 @summarize.register_fake
-def _(keys, values, adaptive_mu_k, adaptive_phi, chunk_size):  # type: ignore[no-untyped-def]
-    shape = (*keys.shape[:2], keys.shape[2] // chunk_size, keys.shape[3])
+def _(keys, values, adaptive_mu_k, adaptive_phi, chunk_size, starts=None):  # type: ignore[no-untyped-def]
+    chunks = keys.shape[2] // chunk_size if starts is None else starts.shape[1]
+    shape = (*keys.shape[:2], chunks, keys.shape[3])
     return keys.new_empty(shape), keys.new_empty(shape)
 
 
@@ -208,20 +242,24 @@ def summarize_backward(
     adaptive_mu_k: Tensor,
     adaptive_phi: Tensor,
     chunk_size: int,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of keys, values and both learned vectors."""
     keys, values = _rows(keys, values)
     key_grad, value_grad = key_grad.contiguous(), value_grad.contiguous()
     batch, heads, _, head_dim = keys.shape
     chunks = key_grad.shape[2]
-    keys_grad, values_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (keys, values))
-    sizes = _summary_sizes(chunk_size, head_dim)
+    keys_grad, values_grad = _like(keys), _like(values)
+    if starts is not None:
+        keys_grad.zero_()
+        values_grad.zero_()
+    sizes = summary_launch(chunk_size, head_dim)
     programs = triton.cdiv(chunks, sizes["BC"])
     mu_parts = torch.zeros(batch, heads, programs, head_dim, dtype=torch.float32, device=keys.device)
     phi_parts = torch.zeros_like(mu_parts)
     if chunks:
         eva_summary_bwd_kernel[(programs, batch * heads)](
-            keys, values, adaptive_mu_k.float().contiguous(), adaptive_phi.float().contiguous(),
+            keys, values, adaptive_mu_k.float().contiguous(), adaptive_phi.float().contiguous(), starts,
             key_grad, value_grad, keys_grad, values_grad, mu_parts, phi_parts,
             *_strides(keys, values, key_grad, keys_grad), heads, chunks, head_dim**-0.5, **sizes,
         )  # fmt: skip
@@ -234,32 +272,29 @@ def summarize_backward(
 
 
 @summarize_backward.register_fake
-def _(key_grad, value_grad, keys, values, adaptive_mu_k, adaptive_phi, chunk_size):  # type: ignore[no-untyped-def]
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (keys, values, adaptive_mu_k, adaptive_phi)
-    )
+def _(key_grad, value_grad, keys, values, adaptive_mu_k, adaptive_phi, chunk_size, starts=None):  # type: ignore[no-untyped-def]
+    learned = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (adaptive_mu_k, adaptive_phi)]
+    return _like(keys), _like(values), *learned
 
 
 def _save_summaries(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.chunk_size, starts = inputs
+    ctx.save_for_backward(*tensors, starts)
 
 
 def _summaries_backward(ctx, key_grad, value_grad):  # type: ignore[no-untyped-def]
-    return (*summarize_backward(key_grad, value_grad, *ctx.saved_tensors, ctx.chunk_size), None)
+    *tensors, starts = ctx.saved_tensors
+    return (*summarize_backward(key_grad, value_grad, *tensors, ctx.chunk_size, starts), None, None)
 
 
 summarize.register_autograd(_summaries_backward, setup_context=_save_summaries)
 
 
-def decode_sizes(head_dim: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Block sizes and warps of the decoding kernel, on the same grounds as `launch_sizes`."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    if dtype.itemsize > 2:
-        return {"BLOCK_D": block_d, "BT": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
-    block_t = min(64, max(16, triton.next_power_of_2(tokens)))
-    return {"BLOCK_D": block_d, "BT": block_t, "BN": 64 if block_d <= 128 else 32, "num_warps": 4, "num_stages": 2}
+def decode_launch(blocks: Blocks, head_dim: int, tokens: int) -> dict[str, int]:
+    """`launch` of the decoding kernel, whose blocks hold as many rows as there are new tokens, if not more than fit."""
+    sizes = launch(blocks, head_dim)
+    most = sizes.pop("BM")
+    return sizes | {"BT": min(most, max(16, triton.next_power_of_2(tokens)))}
 
 
 MIN_SPLIT = 256  # columns that a program of the decoding kernel reads at least
@@ -272,7 +307,7 @@ def decode(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, open_end:
     query, keys, values = _rows(query, keys, values)
     batch, heads, tokens, head_dim = query.shape
     columns = keys.shape[2]
-    sizes = decode_sizes(head_dim, query.dtype, tokens)
+    sizes = decode_launch(_tuning(query).decode, head_dim, tokens)
     token_blocks = triton.cdiv(tokens, sizes["BT"])
     programs = batch * heads * token_blocks
     wanted = max(1, min(2 * _processors(query.device) // programs, columns // MIN_SPLIT))
@@ -283,7 +318,7 @@ def decode(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, open_end:
     eva_decode_fwd_kernel[(token_blocks, splits, batch * heads)](
         query, keys, values, first, open_end, among_new, parts, lse,
         *_strides(query, keys, values), among_new.stride(0) if among_new.shape[0] > 1 else 0,
-        heads, tokens, columns, split, head_dim**-0.5 / math.log(2), D=head_dim, **sizes,
+        heads, tokens, columns, split, head_dim**-0.5 / math.log(2), **sizes,
     )  # fmt: skip
     if splits == 1:
         return parts[:, :, 0].to(query.dtype)

@@ -57,16 +57,32 @@ def test_values_and_gradients(batch, length, sizes, head_dim):
         assert relative_error(kernel, naive) < 1e-5
 
 
-def test_padding_and_packing():
-    inputs = operator_inputs(2, 90, dtype=torch.float32)
-    mask = torch.ones(2, 90, dtype=torch.int64)
-    mask[0, :33] = mask[1, 80:] = 0
-    positions = torch.cat((torch.zeros(33), torch.arange(57))).repeat(2, 1).long()
-    positions[1] = torch.cat((torch.arange(41), torch.arange(49)))
+@settings(max_examples=6)
+@given(
+    documents=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=3), min_size=1, max_size=2),
+    left=st.integers(0, 20),
+    holes=st.booleans(),
+)
+def test_padding_and_packing(documents, left, holes):
+    """Values and gradients where the rows lie (and, with holes in the rows, gathered) against the specification."""
+    length = left + max(map(sum, documents)) + 3
+    mask, positions = torch.zeros(len(documents), length).long(), torch.ones(len(documents), length).long()
+    for row, lengths in enumerate(documents):
+        place = left * (row == 0)
+        for n in lengths:
+            mask[row, place : place + n], positions[row, place : place + n] = 1, torch.arange(n)
+            place += n
+    if holes:
+        mask[:, length // 2] = 0
     how = {"window_size": 16, "chunk_size": 4, "attention_mask": mask, "position_ids": positions}
-    torch.testing.assert_close(
-        eva_attention(*inputs, **how, backend="eva_triton"), eva_attention(*inputs, **how, backend="naive")
-    )
+    results = {}
+    for backend in ("naive", "eva_triton"):
+        inputs = [t.requires_grad_() for t in operator_inputs(len(documents), length, 1, 2, 16, torch.float32)]
+        output = eva_attention(*inputs, **how, backend=backend)
+        (output.sin() + output).sum().backward()
+        results[backend] = [output, *(t.grad for t in inputs)]
+    for naive, kernel in zip(*results.values(), strict=True):
+        assert relative_error(kernel, naive) < 1e-5
 
 
 def test_half_precision_and_strides():
@@ -142,13 +158,40 @@ def test_a_model_on_a_cache(cut):
 def test_operators_are_what_torch_expects():
     query, key, value, _, _ = operator_inputs(1, 20, dtype=torch.float32)
     summaries = operator_inputs(1, 4, seed=3, dtype=torch.float32)[:2]
+    learned = operator_inputs(1, 4, seed=3, dtype=torch.float32)[3:]
+    how = {"test_utils": ("test_schema", "test_faketensor", "test_autograd_registration")}
     inputs = [t.requires_grad_() for t in (query, key, value, *summaries)]
-    first = torch.zeros(1, dtype=torch.int32)
-    torch.library.opcheck(
-        eva_triton.windowed,
-        (*inputs, first, 0, 16, 4),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
+    for table in (None, torch.tensor([[0, 3, 17, 0, 0, 0]], dtype=torch.int32)):
+        torch.library.opcheck(eva_triton.windowed, (*inputs, table, 20 if table is None else 17, 0, 16, 4), **how)
+    keys, values, mu, phi = (t.requires_grad_() for t in (key, value, *learned))
+    for starts in (None, torch.tensor([[4, -1]], dtype=torch.int32)):
+        torch.library.opcheck(eva_triton.summarize, (keys, values, mu, phi, 4, starts), **how)
+
+
+def test_compile_and_export():
+    """One graph without breaks, forward and backward, and a program that can be exported."""
+    inputs = [t.requires_grad_() for t in operator_inputs(1, 40, dtype=torch.float32)]
+
+    def attend(*tensors):
+        return eva_attention(*tensors, window_size=16, chunk_size=4, backend="eva_triton")
+
+    gradients = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        output = function(*inputs)
+        gradients.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+    class Attention(torch.nn.Module):
+        def forward(self, *tensors):
+            return attend(*tensors)
+
+    exported = torch.export.export(Attention(), tuple(t.detach() for t in inputs))
+    torch.testing.assert_close(exported.module()(*inputs), gradients[0][0])
+
+
+def test_unsupported_dtype_and_device_are_named():
+    with pytest.raises(ValueError, match=r"float64.*use 'sdpa'"):
+        eva_attention(*operator_inputs(1, 20), window_size=16, chunk_size=4, backend="eva_triton")
 
 
 def test_gradients_are_deterministic():
