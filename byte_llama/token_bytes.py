@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -22,6 +23,17 @@ def byte_level_bytes(token: str) -> bytes:
         return token.encode()
 
 
+def rust_backend(tokenizer: PreTrainedTokenizerBase, argument: str) -> Tokenizer:
+    """The `tokenizers.Tokenizer` behind a tokenizer; a `TypeError` that names `argument` where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TypeError(
+            f"{argument} must be backed by the tokenizers library, but is a {type(tokenizer).__name__}: load it with "
+            "AutoTokenizer, or wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast(tokenizer_object=...)."
+        )
+    return backend
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes that each token of a Rust-backed subword tokenizer stands for.
 
@@ -32,26 +44,21 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         tokenizer (`PreTrainedTokenizerBase`): The subword tokenizer, backed by a `tokenizers.Tokenizer`.
 
     Returns:
-        `list[bytes | None]` of length `len(tokenizer)`, or the largest id + 1 where ids are left out. Item `i` holds the
-        bytes of id `i`; `None` for special tokens, which stand for no text, and for ids without a token. Different ids
-        may hold the same bytes, as `A` and `<0x41>` do. Added tokens that are not special stand for their own text.
+        `list[bytes | None]`: item `i` holds the bytes of id `i`, up to the largest id; `None` for special tokens, which
+        stand for no text, and for ids without a token. Different ids may hold the same bytes, as `A` and `<0x41>` do.
+        Added tokens that are not special stand for their own text.
 
     Raises:
         TypeError: `tokenizer` has no Rust backend.
         ValueError: `tokenizer` writes bytes in neither of the two ways.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise TypeError(
-            f"tokenizer must be backed by the tokenizers library, but is a {type(tokenizer).__name__}: load it with "
-            "AutoTokenizer, or wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast(tokenizer_object=...)."
-        )
+    backend = rust_backend(tokenizer, "tokenizer")
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     steps = {step.get("type"): step for step in _walk(decoder)}
     # A word's beginning or end written into the token (WordPiece, CLIP) leaves its spaces to guesswork.
     affixes = [getattr(backend.model, name, None) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
     byte_level, space = "ByteLevel" in steps, _space_mark(steps)
-    if any(affixes) or byte_level == (space is not None):
+    if any(affixes) or byte_level == bool(space):
         raise ValueError(
             f"tokenizer must be a byte-level BPE or of SentencePiece style, but it is a {type(backend.model).__name__} "
             f"model with the decoder {' + '.join(map(str, steps)) or None}: its tokens do not say which bytes they are."
@@ -84,9 +91,9 @@ def _walk(node: Any) -> Iterator[dict[str, Any]]:
         yield node
 
 
-def _space_mark(steps: dict[Any, dict[str, Any]]) -> str | None:
-    """The character that the decoder turns into a space."""
+def _space_mark(steps: dict[Any, dict[str, Any]]) -> str:
+    """The character that the decoder turns into a space, or an empty string."""
     if "Metaspace" in steps:
         return steps["Metaspace"]["replacement"]
     replace = steps.get("Replace", {})
-    return replace["pattern"].get("String") if replace.get("content") == " " else None
+    return replace["pattern"].get("String", "") if replace.get("content") == " " else ""
