@@ -1,21 +1,26 @@
 """EVA attention: exact inside the open window, summaries of every chunk before it; and the choice of backend.
 
-The mathematics is in `eva_math.py`, whose `naive_eva_attention` is the specification. Here the work is organised by
-windows: `windowed_attention` walks from window to window, on any backend's `attend`.
+The mathematics is in `eva_math.py`, whose `naive_eva_attention` is the specification. A backend computes whole
+sequences (in PyTorch `windowed_attention` of `eva_windowed.py`), new tokens against the cache, and summaries; here is
+what brings padded, packed and cached rows into the form that it takes.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
 
 from .eva_layout import EvaLayout
 from .eva_math import naive_eva_attention, summarize_chunks
 from .eva_tree_attention import tree_attention_across_windows
+from .eva_windowed import Attend, attend_naive, attend_sdpa, windowed_attention
+
+logger = logging.get_logger(__name__)
 
 Summarize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -47,105 +52,6 @@ class SequenceStates:
     summary_values: Tensor
     token_keys: Tensor
     token_values: Tensor
-
-
-MIN_QUERY_BLOCK = 128  # queries attended to at a time, at least: smaller products are slow
-
-
-class Attend(Protocol):
-    """Softmax attention of `query` [B, H, Q, D] over `key`, `value` [B, H, K, D]; returns [B, H, Q, D].
-
-    `mask` is None or additive (0 or -inf), in the query's dtype, broadcastable to [B, H, Q, K].
-    """
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
-    ) -> Tensor: ...
-
-
-def attend_naive(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
-) -> Tensor:
-    """Attention by explicit matrix products; with `fp32_softmax` logits and softmax are taken in float32."""
-    logits = query @ key.transpose(-1, -2)
-    if fp32_softmax:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits * scale
-    if mask is not None:
-        logits = logits + mask
-    return logits.softmax(dim=-1).to(value.dtype) @ value
-
-
-def attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fp32_softmax: bool
-) -> Tensor:
-    """Attention by PyTorch's fused kernels, which always accumulate in float32.
-
-    In low precision on a CPU their backward pass is slower than plain products over the short rows of one window.
-    """
-    if query.device.type == "cpu" and query.requires_grad and query.dtype != torch.float32:
-        return attend_naive(query, key, value, mask, scale, fp32_softmax)
-    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
-def windowed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    summary_key: Tensor,
-    summary_value: Tensor,
-    *,
-    window_size: int,
-    chunk_size: int,
-    attend: Attend,
-    prior: int = 0,
-    missing: Tensor | None = None,
-    fp32_softmax: bool = True,
-) -> Tensor:
-    """EVA attention for sequences whose first key stands at a window border.
-
-    Args:
-        query: [B, H, Q, D], belonging to the last Q positions.
-        key, value: [B, H, N, D], Q <= N.
-        summary_key, summary_value: [B, H, prior + C, D]: first the summaries of windows before the first key, then, in
-            order, those of the windows among the keys (all but the last one are needed).
-        missing: None, or int64 [B], how many of the first `prior` summaries each row does not have.
-
-    Returns:
-        [B, H, Q, D].
-    """
-    length, first_query = key.shape[2], key.shape[2] - query.shape[2]
-    scale = query.shape[3] ** -0.5
-    prior_mask = None
-    if missing is not None:
-        hidden = torch.arange(prior, device=query.device) < missing[:, None]
-        prior_mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
-    outputs = []
-    block = max(window_size // 8, MIN_QUERY_BLOCK)
-    for start in range(first_query // window_size * window_size, length, window_size):
-        stop = min(start + window_size, length)
-        visible = prior + start // chunk_size
-        keys = torch.cat((summary_key[:, :, :visible], key[:, :, start:stop]), dim=2)
-        values = torch.cat((summary_value[:, :, :visible], value[:, :, start:stop]), dim=2)
-        # Queries go block by block, so that little is computed of what causality hides.
-        for first in range(max(start, first_query), stop, block):
-            last = min(first + block, stop)
-            seen = visible + last - start
-            mask = None
-            if last - first > 1 or prior_mask is not None:
-                mask = _causal_mask(last - first, seen, query)
-                if prior_mask is not None:
-                    mask = mask.expand(query.shape[0], 1, -1, -1).clone()
-                    mask[..., :prior] += prior_mask
-            block_query = query[:, :, first - first_query : last - first_query]
-            outputs.append(attend(block_query, keys[:, :, :seen], values[:, :, :seen], mask, scale, fp32_softmax))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def _causal_mask(queries: int, keys: int, like: Tensor) -> Tensor:
-    """Additive [1, 1, queries, keys] mask under which the last query sees all keys, the one before all but one, ..."""
-    mask = torch.full((queries, keys), float("-inf"), dtype=like.dtype, device=like.device)
-    return mask.triu_(keys - queries + 1)[None, None]
 
 
 def grouped_attention(
@@ -299,7 +205,7 @@ def _summarize_triton(
 
 
 def summarizer(
-    adaptive_mu_k: Tensor, adaptive_phi: Tensor, chunk_size: int, backend: str | None, fp32_softmax: bool
+    adaptive_mu_k: Tensor, adaptive_phi: Tensor, chunk_size: int, backend: str, fp32_softmax: bool
 ) -> Summarize:
     """The function that turns keys and values [B, H, n * chunk_size, D] into summaries [B, H, n, D]."""
     return partial(
@@ -337,13 +243,32 @@ for _name in ("naive", "eva_triton"):
     AttentionInterface.register(_name, _registered_attention_forward)
 
 
-def get_backend(name: str | None) -> Backend:
-    """The backend called `name`; None stands for "sdpa".
+def default_backend(device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """ "eva_triton" on a GPU where Triton is installed, "sdpa" elsewhere and for float64."""
+    has_triton = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    return "eva_triton" if has_triton and dtype != torch.float64 else "sdpa"
+
+
+def backend_for(name: str, states: Tensor) -> str:
+    """The backend called `name`, or "sdpa" for layers that lie where its kernels do not run (offloaded to the CPU)."""
+    if name == "eva_triton" and states.device.type == "cpu":
+        from .eva_triton import INTERPRETED
+
+        if not INTERPRETED:
+            logger.warning_once(
+                "The kernels of attn_implementation='eva_triton' need a GPU: on the CPU 'sdpa' is used."
+            )
+            return "sdpa"
+    return name
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called `name`.
 
     Raises:
         ValueError: for a name that EVA attention has no backend for.
     """
-    backend = BACKENDS.get(name or "sdpa")
+    backend = BACKENDS.get(name)
     if backend is None:
         raise ValueError(
             f"EVA attention has no backend {name!r}: choose attn_implementation among {', '.join(BACKENDS)}."
@@ -358,7 +283,7 @@ def layout_attention(
     adaptive_mu_k: Tensor,
     adaptive_phi: Tensor,
     layout: EvaLayout,
-    backend: str | None = None,
+    backend: str,
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention without a cache; query, key, value and result are [B, H, N, D]."""
@@ -400,7 +325,7 @@ def cached_attention(
     states: WindowStates | SequenceStates,
     summarize: Summarize,
     layout: EvaLayout,
-    backend: str | None = None,
+    backend: str,
     fp32_softmax: bool = True,
 ) -> Tensor:
     """EVA attention of new tokens [B, H, N, D] over what the cache, given the same `summarize`, returned for them."""
@@ -449,8 +374,8 @@ def eva_attention(
         adaptive_mu_k, adaptive_phi: [1, H, 1, 1, D] as published, or [H, D].
         window_size: positions that see each other exactly.
         chunk_size: positions per summary; divides `window_size`.
-        backend: "naive" (the specification), "sdpa" (PyTorch's fused attention), "eva_triton" (Triton kernels), or None
-            for "sdpa".
+        backend: "naive" (the specification), "sdpa" (PyTorch's fused attention), "eva_triton" (Triton kernels; on a CPU
+            only with TRITON_INTERPRET=1 in the environment), or None for the fastest that the tensors allow.
         attention_mask: None, or [B, N], zero at padding, anywhere in the row.
         position_ids: None, or [B or 1, N]; a document starts wherever they are 0 (packed rows).
         fp32_softmax: take logits and softmaxes in float32 at least.
@@ -489,4 +414,5 @@ def eva_attention(
         attention_mask=attention_mask,
         position_ids=position_ids,
     )
+    backend = backend or default_backend(query.device.type, query.dtype)
     return layout_attention(query, key, value, adaptive_mu_k, adaptive_phi, layout, backend, fp32_softmax)

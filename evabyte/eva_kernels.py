@@ -8,8 +8,8 @@ log-sum-exp: one kernel over query blocks for dq, one over key blocks for dk and
 Each result is summed by one program in a fixed order, so all are deterministic.
 
 A table says where each sequence lies, so rows may be padded or packed: int32 [G, 6] with row, slot of the first query,
-number of keys (cached ones included), slot of the first summary, summaries of windows before the first key, and how many
-of those the sequence does not have. Without a table every row is one sequence.
+number of keys (cached ones included), slot of the first summary, summaries of windows before the first key, and how
+many of those the sequence does not have. Without a table every row is one sequence.
 
 Names: b_* are blocks in registers, [BM, D] and so on in comments their shapes, *_base pointers to one (row, head).
 """
@@ -24,12 +24,13 @@ except ImportError as error:  # in a `try`, so that a Hub folder with this file 
 @triton.jit
 def _sequence(table, g, N, prior):
     """Entry g of the table; row and slots as int64, since they are multiplied by strides."""
-    if table is None:
-        zero = tl.zeros([], tl.int64)
-        return g.to(tl.int64), zero, N, zero, prior, 0
-    entry = table + g * 6
-    row, slot, summary = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64), tl.load(entry + 3).to(tl.int64)
-    return row, slot, tl.load(entry + 2), summary, tl.load(entry + 4), tl.load(entry + 5)
+    row = g.to(tl.int64)
+    slot, length, summary, before, hidden = row * 0, N, row * 0, prior, 0
+    if table is not None:
+        entry = table + row * 6
+        row, slot, length = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64), tl.load(entry + 2)
+        summary, before, hidden = tl.load(entry + 3).to(tl.int64), tl.load(entry + 4), tl.load(entry + 5)
+    return row, slot, length, summary, before, hidden
 
 
 @triton.jit

@@ -42,7 +42,7 @@ _FULL_WIDE = Tuning(Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8
 TABLES: dict[str, dict[int, dict[int, Tuning]]] = {
     "sm_80": {
         2: {
-            64: Tuning(Blocks(128, 64, 4, 2), Blocks(128, 32, 8, 2), Blocks(32, 128, 8, 2), Blocks(64, 64, 4, 2)),
+            64: Tuning(Blocks(128, 64, 4, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2)),
             128: Tuning(Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 64, 4, 2)),
             256: Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(32, 32, 4, 1)),
         },
@@ -50,9 +50,9 @@ TABLES: dict[str, dict[int, dict[int, Tuning]]] = {
     },
     "sm_90": {
         2: {
-            64: Tuning(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)),
-            128: Tuning(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)),
-            256: Tuning(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 1), Blocks(64, 32, 4, 2)),
+            64: Tuning(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2), Blocks(64, 64, 4, 2)),
+            128: Tuning(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2), Blocks(64, 64, 4, 2)),
+            256: Tuning(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 1), Blocks(64, 32, 4, 2)),
         },
         4: {64: _FULL, 256: _FULL_WIDE},
     },
@@ -60,7 +60,7 @@ TABLES: dict[str, dict[int, dict[int, Tuning]]] = {
         2: {
             64: Tuning(Blocks(128, 64, 4, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 64, 4, 2)),
             128: Tuning(Blocks(128, 32, 8, 1), Blocks(128, 32, 8, 1), Blocks(32, 64, 8, 1), Blocks(64, 32, 4, 1)),
-            256: Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(32, 32, 4, 1)),
+            256: Tuning(Blocks(32, 32, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 32, 8, 1), Blocks(32, 32, 4, 1)),
         },
         4: {64: _FULL, 256: _FULL_WIDE},
     },

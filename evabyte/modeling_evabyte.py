@@ -18,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evabyte import EvaByteConfig
-from .eva_attention import cached_attention, layout_attention, summarizer
+from .eva_attention import backend_for, cached_attention, default_backend, layout_attention, summarizer
 from .eva_cache import eva_layers
 from .eva_layout import DraftTree, EvaLayout
 from .multibyte_generation import MultibyteGenerationMixin
@@ -134,7 +134,7 @@ class EvaByteAttention(nn.Module):
         cos, sin = position_embeddings
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         learned = (self.adaptive_mu_k, self.adaptive_phi)
-        backend, fp32_softmax = self.config._attn_implementation, self.config.mixedp_attn
+        backend, fp32_softmax = backend_for(self.config._attn_implementation, query), self.config.mixedp_attn
         if past_key_values is None:
             output = layout_attention(query, key, value, *learned, layout, backend, fp32_softmax)
         else:
@@ -206,6 +206,12 @@ class EvaBytePreTrainedModel(PreTrainedModel):
                 "these weights newly."
             )
         return (model, info) if wants_info else model
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """As in transformers, but unless another is asked for, the kernels where there is a GPU to run them."""
+        if requested_attention is None and torch.cuda.is_available():
+            requested_attention = default_backend("cuda")
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from tiny import logits_alone, pad_left, random_ids, tiny_model
 from transformers import DynamicCache
 
 from evabyte import eva_attention, eva_triton
+from evabyte.eva_attention import default_backend
 from evabyte.eva_math import summarize_chunks
 
 if not eva_triton.INTERPRETED:
@@ -189,7 +190,25 @@ def test_compile_and_export():
     torch.testing.assert_close(exported.module()(*inputs), gradients[0][0])
 
 
-def test_unsupported_dtype_and_device_are_named():
+def test_the_default_and_layers_off_the_gpu(monkeypatch):
+    assert (default_backend("cuda"), default_backend("cuda", torch.float64)) == ("eva_triton", "sdpa")
+    assert default_backend("cpu") == "sdpa"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = tiny_model()
+    assert model.get_correct_attn_implementation(None) == "eva_triton"
+    assert model.get_correct_attn_implementation("naive") == "naive"
+
+    ids = random_ids(1, 40)
+    offloaded, plain = tiny_model(backend="eva_triton"), tiny_model(backend="sdpa")
+    monkeypatch.setattr(eva_triton, "INTERPRETED", False)
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, plain(ids).logits)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        inputs = operator_inputs(1, 20, dtype=torch.float32)
+        eva_attention(*inputs, window_size=16, chunk_size=4, backend="eva_triton")
+
+
+def test_unsupported_dtype_is_named():
     with pytest.raises(ValueError, match=r"float64.*use 'sdpa'"):
         eva_attention(*operator_inputs(1, 20), window_size=16, chunk_size=4, backend="eva_triton")
 
