@@ -175,6 +175,9 @@ def _windowed_triton(
     return windowed(query, key, value, summary_key, summary_value, table, *sizes)[0]
 
 
+MOST_ELEMENTS = 16384  # of a chunk's keys, that one program of the summary kernel can hold
+
+
 def _packed_triton(
     query: Tensor, key: Tensor, value: Tensor, adaptive_mu_k: Tensor, adaptive_phi: Tensor, layout: EvaLayout
 ) -> Tensor:
@@ -198,6 +201,8 @@ def _summarize_triton(
     fp32_softmax: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`summarize_chunks` by a Triton kernel, whose softmaxes are always taken in float32."""
+    if chunk_size * keys.shape[3] > MOST_ELEMENTS:
+        return summarize_chunks(keys, values, adaptive_mu_k, adaptive_phi, chunk_size)
     from .eva_triton import summarize
 
     shape = (keys.shape[1], keys.shape[3])
@@ -305,7 +310,7 @@ def layout_attention(
 
     summarize = summarizer(adaptive_mu_k, adaptive_phi, layout.chunk_size, backend, fp32_softmax)
     if not layout.uniform:
-        if packed is not None and layout.in_place:
+        if packed is not None and layout.in_place and layout.chunk_size * query.shape[3] <= MOST_ELEMENTS:
             return packed(query, key, value, adaptive_mu_k, adaptive_phi, layout)
         return grouped_attention(query, key, value, layout, summarize, windowed, fp32_softmax=fp32_softmax)
     closed = (layout.length - 1) // layout.window_size * layout.window_size

@@ -193,7 +193,7 @@ def summary_launch(chunk_size: int, head_dim: int) -> dict[str, int]:
     """About 2,048 elements of keys in a program."""
     block_c, block_d = triton.next_power_of_2(chunk_size), max(16, triton.next_power_of_2(head_dim))
     sizes = {"CHUNK": chunk_size, "BLOCK_C": block_c, "D": head_dim, "BLOCK_D": block_d}
-    return sizes | {"BC": max(1, 2048 // (block_c * block_d)), "num_warps": 4}
+    return sizes | {"BC": max(1, 2048 // (block_c * block_d)), "num_warps": 4 if block_c * block_d <= 4096 else 8}
 
 
 @torch.library.custom_op(f"{NAMESPACE}::summarize", mutates_args=())

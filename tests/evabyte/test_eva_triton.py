@@ -1,5 +1,7 @@
 """The Triton kernels in Triton's CPU interpreter against the specification: values, gradients, odd shapes."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,6 +86,19 @@ def test_padding_and_packing(documents, left, holes):
         results[backend] = [output, *(t.grad for t in inputs)]
     for naive, kernel in zip(*results.values(), strict=True):
         assert relative_error(kernel, naive) < 1e-5
+
+
+def test_chunks_too_large_for_a_program(monkeypatch):
+    monkeypatch.setattr(sys.modules["evabyte.eva_attention"], "MOST_ELEMENTS", 32)
+    monkeypatch.delattr(eva_triton, "summarize")
+    inputs, mask = operator_inputs(2, 50, dtype=torch.float32), torch.ones(2, 50).long()
+    mask[0, :7] = 0
+    for how in ({}, {"attention_mask": mask}):
+        outputs = [
+            eva_attention(*inputs, window_size=16, chunk_size=8, **how, backend=backend)
+            for backend in ("eva_triton", "naive")
+        ]
+        torch.testing.assert_close(*outputs)
 
 
 def test_half_precision_and_strides():
@@ -220,3 +235,14 @@ def test_gradients_are_deterministic():
         eva_attention(*inputs, window_size=32, chunk_size=4, backend="eva_triton").square().sum().backward()
         gradients.append([t.grad for t in inputs])
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eva_triton"])
+def test_a_whole_model_compiles_without_breaks(backend):
+    model, ids = tiny_model(backend=backend), random_ids(2, 50)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = [run(ids, labels=ids, use_cache=False).loss for run in (model, compiled)]
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    assert torch.equal(*losses)
+    assert all(torch.equal(eager, one_graph) for eager, one_graph in zip(*gradients, strict=True))
