@@ -1,0 +1,232 @@
+"""A key-value cache on which draft trees can be verified: rows of unequal length, and nodes that are not kept.
+
+Transformers' own layers hold rows of one length. When rows accept paths of different lengths they would need padding
+after every step; here each row's tokens lie one behind the other, and a row's next nodes are written at its own length.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from evabyte.eva_cache import KeptPaths
+from evabyte.eva_layout import DraftTree
+
+
+@dataclass
+class TreeRows:
+    """Where each row of a batch stands; shared by the layers of a `TreeCache`.
+
+    Attributes:
+        lengths: slots of each row that are filled, padding at its start included.
+        padding: how many of them are padding.
+        pending: nodes written behind every row's tokens by earlier calls, as a chain, and not committed.
+    """
+
+    lengths: list[int]
+    padding: list[int]
+    pending: int = 0
+    _places: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are equally long, so that slices do."""
+        return len(set(self.lengths)) == 1
+
+    def places(self, count: int, device: torch.device) -> Tensor:
+        """int64 [B, count], the slots that the next `count` nodes of each row go to."""
+        key = (count, device)
+        if key not in self._places:
+            start = torch.tensor(self.lengths)[:, None] + self.pending
+            self._places[key] = (start + torch.arange(count)).to(device)
+        return self._places[key]
+
+    def move(self, lengths: list[int], pending: int = 0) -> None:
+        self.lengths, self.pending = lengths, pending
+        self._places.clear()
+
+    def positions(self, tree: DraftTree, device: torch.device) -> Tensor:
+        """int64 [B, T], each node's position in its row's text."""
+        return self._past(device) + tree.depth.to(device)
+
+    def _past(self, device: torch.device) -> Tensor:
+        past = [n - pads + self.pending for n, pads in zip(self.lengths, self.padding, strict=True)]
+        return torch.tensor(past, device=device)[:, None]
+
+    def mask(
+        self, tree: DraftTree, dtype: torch.dtype, device: torch.device, first_slot: int, window: int | None
+    ) -> Tensor:
+        """What each node sees of the slots from `first_slot` on: the row's text, pending nodes, ancestors, itself.
+
+        Args:
+            window: None, or how many positions back a sliding layer looks, the node's own included.
+
+        Returns:
+            additive mask in `dtype`, [B, 1, T, slots].
+        """
+        batch, nodes = len(self.lengths), tree.mask.shape[-1]
+        slots = torch.arange(first_slot, max(self.lengths) + self.pending + nodes, device=device)
+        padding = torch.tensor(self.padding, device=device)[:, None]
+        behind = slots - self.places(1, device)  # [B, slots]; 0 at the row's first new node
+        text = (slots >= padding) & (behind < 0)
+        is_node = (behind >= 0) & (behind < nodes)
+        ancestor = tree.mask.to(device).expand(batch, -1, -1)
+        place = behind.clamp(0, nodes - 1)[:, None].expand(-1, nodes, -1)
+        visible = text[:, None] | (ancestor.gather(2, place) & is_node[:, None])  # [B, T, slots]
+        if window is not None:
+            depth = tree.depth.to(device).expand(batch, -1)
+            column = torch.where(
+                is_node, self._past(device) + depth.gather(1, behind.clamp(0, nodes - 1)), slots - padding
+            )
+            visible &= self.positions(tree, device)[..., None] - column[:, None] < window
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+class TreeCacheLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer, [B, H, slots, D] in a buffer that doubles; see the module's text.
+
+    A layer that attends to a sliding window keeps what it held when the cache was made, and all that comes.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: TreeRows, first_slot: int, window: int | None) -> None:
+        super().__init__()
+        self.keys, self.values, self.rows = keys, values, rows
+        self.first_slot, self.window = first_slot, window
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a layer is made from one that holds the prompt."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write new nodes [B, H, T, D] behind each row's tokens; -> all slots up to the longest row's last node."""
+        rows, count = self.rows, key_states.shape[2]
+        end = max(rows.lengths) + rows.pending + count - self.first_slot
+        self._reserve(end)
+        if rows.even:
+            self.keys[:, :, end - count : end] = key_states
+            self.values[:, :, end - count : end] = value_states
+        else:
+            row = torch.arange(len(rows.lengths), device=self.device)[:, None]
+            place = rows.places(count, self.device) - self.first_slot
+            self.keys[row, :, place] = key_states.transpose(1, 2)
+            self.values[row, :, place] = value_states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def commit(self, kept: KeptPaths, start: Tensor) -> None:
+        """Move the nodes to keep behind each row's tokens, which end at slot `start` [B, 1]."""
+        if kept.in_place:
+            return
+        start = start - self.first_slot
+        nodes, most = kept.nodes.to(self.device), kept.nodes.shape[1]
+        row = torch.arange(len(kept.counts), device=self.device)[:, None]
+        target = start + torch.arange(most, device=self.device)
+        for states in (self.keys, self.values):
+            states[row, :, target] = states[row, :, start + nodes]
+
+    def _reserve(self, slots: int) -> None:
+        """Make room for so many slots; doubling makes copies rare."""
+        missing = slots - self.keys.shape[2]
+        if missing > 0:
+            more = (0, 0, 0, max(missing, min(self.keys.shape[2], 4096)))
+            self.keys = torch.nn.functional.pad(self.keys, more)
+            self.values = torch.nn.functional.pad(self.values, more)
+
+    def get_seq_length(self) -> int:
+        return max(self.rows.lengths)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return max(self.rows.lengths) + query_length - self.first_slot, self.first_slot
+
+    def select_rows(self, rows: Tensor) -> None:
+        index = rows.to(self.device)
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+
+
+class TreeCache(Cache):
+    """What `multi_byte_generate` verifies trees against, made of the cache that holds the prompts.
+
+    Args:
+        cache: a `DynamicCache` whose layers are full or sliding.
+        padding: per row, the slots of padding at its start.
+
+    Raises:
+        ValueError: for layers of other kinds.
+    """
+
+    def __init__(self, cache: Cache, padding: Sequence[int]) -> None:
+        slots = cache.get_seq_length()
+        self.rows = TreeRows([slots] * len(padding), list(padding))
+        self.source = cache
+        super().__init__(layers=[self._layer(layer) for layer in cache.layers])
+
+    def _layer(self, layer: CacheLayerMixin) -> TreeCacheLayer:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"Multibyte decoding needs a `DynamicCache`; a layer of `past_key_values` is a {type(layer).__name__}. "
+                "Leave `past_key_values` and `cache_implementation` out."
+            )
+        first_slot = self.rows.lengths[0] - layer.keys.shape[2]
+        return TreeCacheLayer(layer.keys, layer.values, self.rows, first_slot, getattr(layer, "sliding_window", None))
+
+    def masks(self, tree: DraftTree, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The mask of the nodes for each kind of layer: "full_attention", "sliding_attention"."""
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            kind = "full_attention" if layer.window is None else "sliding_attention"
+            if kind not in found:
+                found[kind] = self.rows.mask(tree, dtype, device, layer.first_slot, layer.window)
+        return found
+
+    def keep_pending(self, count: int) -> None:
+        """Let the next call's nodes follow the `count` just written, which are a chain, without committing them."""
+        self.rows.move(self.rows.lengths, self.rows.pending + count)
+
+    def forget_pending(self) -> None:
+        self.rows.move(self.rows.lengths)
+
+    def commit(self, kept: KeptPaths) -> None:
+        """Keep one path of each tree written last, and forget the other nodes."""
+        for device, layers in self._by_device():
+            start = self.rows.places(1, device)
+            for layer in layers:
+                layer.commit(kept, start)
+        self.rows.move([length + count for length, count in zip(self.rows.lengths, kept.counts, strict=True)])
+
+    def _by_device(self) -> Iterator[tuple[torch.device, list[TreeCacheLayer]]]:
+        for device in {layer.device for layer in self.layers}:
+            yield device, [layer for layer in self.layers if layer.device == device]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, int64 indices."""
+        for layer in self.layers:
+            layer.select_rows(indices)
+        kept = indices.tolist()
+        self.rows.padding = [self.rows.padding[row] for row in kept]
+        self.rows.move([self.rows.lengths[row] for row in kept])
+
+    def restore(self) -> Cache | None:
+        """The cache this one was made of, holding what has been committed; None for rows of unequal length."""
+        if not self.rows.even:
+            return None
+        for layer, source in zip(self.layers, self.source.layers, strict=True):
+            end = self.rows.lengths[0] - layer.first_slot
+            begin = 0 if layer.window is None else max(0, end - layer.window + 1)
+            source.keys, source.values = layer.keys[:, :, begin:end], layer.values[:, :, begin:end]
+            if layer.window is not None:
+                source.cumulative_length = self.rows.lengths[0]
+        return self.source
