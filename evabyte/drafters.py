@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .byte_tree import PUBLISHED_TREES, ROOT, DraftTrees, TreeShape, published_tree
 
@@ -25,6 +26,7 @@ class DraftContext:
         texts: per row the ids so far, prompt first, root last, as lists on the host.
         rows: per row its number in the batch as it was passed; finished rows may have left.
         temperature: by which the heads' logits are to be divided before they rank drafts.
+        cache: the run's cache, for drafters that run a part of the model themselves.
     """
 
     root: Tensor
@@ -32,6 +34,7 @@ class DraftContext:
     texts: list[list[int]]
     rows: list[int]
     temperature: float = 1.0
+    cache: Cache | None = None
 
 
 @runtime_checkable

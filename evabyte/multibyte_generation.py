@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.generation import (
     GenerationConfig,
     GenerationMode,
@@ -103,7 +104,8 @@ def _choose_drafter(
             raise ValueError(f"`medusa_choices` has rank {shape.max_rank}, but there are {vocab_size} ids.")
         return StaticDrafter(shape)
     if draft is None or isinstance(draft, str):
-        return make_drafter(draft or "dynamic", heads - 1, model.device, batch, draft_nodes)
+        drafter: Drafter = model.make_drafter(draft, batch, draft_nodes)
+        return drafter
     if not isinstance(draft, Drafter):
         raise ValueError(f"`draft` must be a name or an object with a `draft` method, got {type(draft).__name__}.")
     return draft
@@ -147,7 +149,7 @@ class _Run:
         outputs = self.model._prefill(
             input_ids, self.generation_config, {**model_kwargs, "return_all_pred_logits": True}
         )
-        self.cache = outputs.past_key_values
+        self.cache = self.model._cache_for_trees(outputs.past_key_values, model_kwargs.get("attention_mask"))
         device = outputs.logits.device
         lone_roots = DraftTrees(
             torch.zeros(len(self.in_batch), 1, dtype=torch.int64, device=device),
@@ -175,6 +177,7 @@ class _Run:
                 texts=texts,
                 rows=self.in_batch,
                 temperature=temperature,
+                cache=self.cache,
             )
         )
 
@@ -199,9 +202,7 @@ class _Run:
 
     def _commit(self, paths: list[list[int]]) -> None:
         """Keep in the cache the nodes at which a byte was emitted: what was read, not what was emitted last."""
-        kept = KeptPaths(paths)
-        for layer in self.cache.layers:
-            layer.commit(kept)
+        self.model._commit_paths(self.cache, KeptPaths(paths))
 
     # -- the walk ------------------------------------------------------------------------------------------------------
 
@@ -328,7 +329,7 @@ class _Run:
                 sequences=sequences,
                 scores=by_step(self.scores),
                 logits=by_step(self.raw_logits),
-                past_key_values=self.cache,
+                past_key_values=self.model._cache_after_trees(self.cache),
                 acc_lengths=lengths,
                 trace=self.trace,
             )
@@ -402,6 +403,28 @@ class MultibyteGenerationMixin:
             return_trace=return_trace,
             **kwargs,
         )
+
+    # -- what the loop asks of a model ---------------------------------------------------------------------------------
+
+    def make_drafter(self, name: str | None, batch: int, nodes: int | None = None) -> Drafter:
+        """The drafter that `multi_byte_generate(draft=name)` uses; None for the default."""
+        depth = self.config.num_pred_heads - 1  # type: ignore[attr-defined]
+        return make_drafter(name or "dynamic", depth, self.device, batch, nodes)  # type: ignore[attr-defined]
+
+    def _cache_for_trees(self, cache: Cache, attention_mask: Tensor | None) -> Cache:
+        """The cache that trees are verified against, made of the one that holds the prompts."""
+        return cache
+
+    def _commit_paths(self, cache: Cache, kept: KeptPaths) -> None:
+        """Keep one path of each tree written last, and forget the other nodes."""
+        for layer in cache.layers:
+            layer.commit(kept)
+
+    def _cache_after_trees(self, cache: Cache) -> Cache | None:
+        """The cache to return, for further calls of the model or `generate`."""
+        return cache
+
+    # -- what `generate` asks of a model with a decoding method of its own ---------------------------------------------
 
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
