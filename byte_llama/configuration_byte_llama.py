@@ -1,0 +1,145 @@
+"""Configurations of byte-level Llama and Gemma 2 models."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+class _Shared(list):
+    """A list that copies of a configuration share: copying a dictionary of 100,000 entries takes long."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
+@strict
+class SubwordExpansionConfig(PreTrainedConfig):
+    r"""
+    What byte-level models have beyond their in-tree parents.
+
+    Args:
+        expand_input_ids (`bool`, *optional*, defaults to `False`):
+            Whether the embedding of the longest subword that ends at a byte is added to the byte's own.
+        expand_input_ids_maxlen (`int`, *optional*, defaults to 16): Longest match, in ids of the byte vocabulary.
+        expand_input_ids_vocab_size (`int`, *optional*): Number of subwords.
+        expand_input_ids_dict (`list`, *optional*):
+            The subwords, `[{"comma-joined byte ids + 1, newest first": subword id + 1}, [special ids]]`, as published
+            configurations carry it. It is never saved: a saved model has the table made from it among its weights.
+        expand_table_sizes (`dict`, *optional*): Sizes of that table; written by the model.
+    """
+
+    expand_input_ids: bool = False
+    expand_input_ids_maxlen: int | None = 16
+    expand_input_ids_vocab_size: int | None = None
+    expand_input_ids_dict: list | tuple | None = None
+    expand_table_sizes: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.expand_input_ids_dict is not None:
+            self.expand_input_ids_dict = _Shared(self.expand_input_ids_dict)
+        super().__post_init__(**kwargs)
+
+    def validate_expansion(self) -> None:
+        """Refuse an expansion without what it needs; called by `strict` after construction.
+
+        Raises:
+            ValueError: naming the field that is missing.
+        """
+        if not self.expand_input_ids:
+            return
+        for field in ("expand_input_ids_vocab_size", "expand_input_ids_maxlen"):
+            if not getattr(self, field):
+                raise ValueError(f"`expand_input_ids` needs `{field}`, which is {getattr(self, field)}.")
+        if self.expand_input_ids_dict is None and self.expand_table_sizes is None:
+            raise ValueError(
+                "`expand_input_ids` needs `expand_input_ids_dict`: take it from a published config.json, or make one "
+                "with `byte_llama.subword_table.entries_from_tokens` and `to_dictionary`."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the dictionary, whose place is among the weights."""
+        output = super().to_dict()
+        output.pop("expand_input_ids_dict", None)
+        return output
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return _without_reference(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(_without_reference(config_dict), **kwargs)
+
+
+def _without_reference(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A published configuration with our names in place of the reference's classes and files."""
+    if not str(config_dict.get("model_type")).startswith("tpu_"):
+        return config_dict
+    names = [name.replace("TPU", "Byte") for name in config_dict.get("architectures") or ()]
+    ours = {key: value for key, value in config_dict.items() if key != "auto_map"}
+    return {**ours, "model_type": ours["model_type"].replace("tpu_", "byte_"), "architectures": names}
+
+
+@strict
+class ByteLlamaConfig(SubwordExpansionConfig, LlamaConfig):
+    r"""
+    Configuration of a [`ByteLlamaModel`]: that of Llama, the fields of [`SubwordExpansionConfig`], and
+
+    Args:
+        add_qk_norm (`bool`, *optional*, defaults to `False`): RMS norm of each head's queries and keys before rotary.
+        skip_out_norm (`bool`, *optional*, defaults to `False`): Leave out the norm behind the last layer.
+
+    Raises:
+        ValueError: for an expansion without its dictionary or vocabulary size; the message names the field.
+    """
+
+    model_type = "byte_llama"
+
+    add_qk_norm: bool = False
+    skip_out_norm: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.add_qk_norm:
+            norms = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
+            plan = dict.fromkeys(norms, "replicated_with_grad_allreduce")
+            self.base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **plan}
+
+
+@strict
+class ByteGemma2Config(SubwordExpansionConfig, Gemma2Config):
+    r"""
+    Configuration of a [`ByteGemma2Model`]: that of Gemma 2 and the fields of [`SubwordExpansionConfig`].
+
+    Raises:
+        ValueError: for an expansion without its dictionary or vocabulary size; the message names the field.
+    """
+
+    model_type = "byte_gemma2"
+
+
+class TPULlamaConfig(ByteLlamaConfig):
+    """Stands for the model type of published checkpoints; reading one gives a [`ByteLlamaConfig`]."""
+
+    model_type = "tpu_llama"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return ByteLlamaConfig.from_dict(config_dict, **kwargs)
+
+
+class TPUGemma2Config(ByteGemma2Config):
+    """Stands for the model type of published checkpoints; reading one gives a [`ByteGemma2Config`]."""
+
+    model_type = "tpu_gemma2"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return ByteGemma2Config.from_dict(config_dict, **kwargs)
+
+
+__all__ = ["ByteGemma2Config", "ByteLlamaConfig", "SubwordExpansionConfig", "TPUGemma2Config", "TPULlamaConfig"]
