@@ -24,6 +24,7 @@ class ExpandedInputsMixin:
 
     config: SubwordExpansionConfig
     embed_tokens: nn.Embedding
+    _keys_to_ignore_on_load_missing = [r"subword_expansion\."]  # made from the dictionary where a folder lacks them
 
     def add_expansion(self, make_embedding: Callable[[int, int], nn.Embedding]) -> None:
         """Add the table, made from the configuration's dictionary if it has one, and the subword embedding.
