@@ -29,6 +29,9 @@ class SubwordExpansionConfig(PreTrainedConfig):
             The subwords, `[{"comma-joined byte ids + 1, newest first": subword id + 1}, [special ids]]`, as published
             configurations carry it. It is never saved: a saved model has the table made from it among its weights.
         expand_table_sizes (`dict`, *optional*): Sizes of that table; written by the model.
+        num_pred_heads (`int`, *optional*, defaults to 1): Bytes predicted at each position, the next one included.
+        pred_head_kind (`str`, *optional*, defaults to `"residual"`):
+            Kind of the heads beyond the first: `"linear"`, or `"residual"` with a block before the output layer.
     """
 
     expand_input_ids: bool = False
@@ -36,6 +39,8 @@ class SubwordExpansionConfig(PreTrainedConfig):
     expand_input_ids_vocab_size: int | None = None
     expand_input_ids_dict: list | tuple | None = None
     expand_table_sizes: dict | None = None
+    num_pred_heads: int = 1
+    pred_head_kind: str = "residual"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.expand_input_ids_dict is not None:

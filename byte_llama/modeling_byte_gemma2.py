@@ -12,6 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import (
 
 from .configuration_byte_llama import ByteGemma2Config
 from .expanded_inputs import ExpandedGenerationMixin, ExpandedInputsMixin
+from .prediction_heads import PredictionHeadsMixin
 
 
 class ByteGemma2PreTrainedModel(Gemma2PreTrainedModel):
@@ -31,14 +32,17 @@ class ByteGemma2Model(ExpandedInputsMixin, ByteGemma2PreTrainedModel, Gemma2Mode
         self.post_init()
 
 
-class ByteGemma2ForCausalLM(ExpandedGenerationMixin, ByteGemma2PreTrainedModel, Gemma2ForCausalLM):
-    """Byte-level Gemma 2 with its output layer; see [`ExpandedInputsMixin`] for the arguments beyond Gemma 2's."""
+class ByteGemma2ForCausalLM(
+    PredictionHeadsMixin, ExpandedGenerationMixin, ByteGemma2PreTrainedModel, Gemma2ForCausalLM
+):
+    """Byte-level Gemma 2 with its prediction heads; see [`ExpandedInputsMixin`] for the arguments beyond Gemma 2's."""
 
     def __init__(self, config: ByteGemma2Config) -> None:
         super(Gemma2ForCausalLM, self).__init__(config)  # Gemma's own would make a Gemma decoder
         self.model = ByteGemma2Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._make_heads()
         self.post_init()
 
 

@@ -13,6 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_byte_llama import ByteLlamaConfig
 from .expanded_inputs import ExpandedGenerationMixin, ExpandedInputsMixin
+from .prediction_heads import PredictionHeadsMixin
 
 
 class UnusedRMSNorm(nn.Module):
@@ -51,14 +52,15 @@ class ByteLlamaModel(ExpandedInputsMixin, ByteLlamaPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class ByteLlamaForCausalLM(ExpandedGenerationMixin, ByteLlamaPreTrainedModel, LlamaForCausalLM):
-    """Byte-level Llama with its output layer; see [`ExpandedInputsMixin`] for the arguments beyond Llama's."""
+class ByteLlamaForCausalLM(PredictionHeadsMixin, ExpandedGenerationMixin, ByteLlamaPreTrainedModel, LlamaForCausalLM):
+    """Byte-level Llama with its prediction heads; see [`ExpandedInputsMixin`] for the arguments beyond Llama's."""
 
     def __init__(self, config: ByteLlamaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)  # Llama's own would make a Llama decoder
         self.model = ByteLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._make_heads()
         self.post_init()
 
 

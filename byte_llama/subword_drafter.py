@@ -2,8 +2,8 @@
 
 Needs no training and no forward. The current word is cut at the last space; where no subword begins with all of it,
 the longest subwords are taken off its front. Every subword that begins with the rest is a candidate, the word's end
-another. Vocabularies made by byte-pair merges are in the order of frequency, so the smaller id goes first; where the model has
-prediction heads, the probability they give a candidate's bytes decides.
+another. Vocabularies made by byte-pair merges are in the order of frequency, so the smaller id goes first; where the
+model has prediction heads, the probability they give a candidate's bytes decides.
 """
 
 from bisect import bisect_left
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from evabyte.byte_tree import ABSENT, ROOT, DraftTrees
 from evabyte.drafters import DraftContext
+
+from .subword_expansion import SubwordExpansion
 
 SPACES = frozenset(b" \n\t")
 RANKED_BY_HEADS = 64  # candidates that the heads, if there are any, choose among
@@ -124,6 +126,31 @@ class SubwordDrafter:
         return list(numbers)
 
 
+def subwords_of(expansion: SubwordExpansion) -> list[bytes | None]:
+    """The byte string of every subword by id, read back from the table of an expansion; None for those not in it.
+
+    Each slot of the trie holds its parent's slot and its own symbol, and the trie begins with a subword's last byte:
+    the way from a slot to the root spells the subword.
+    """
+    edges, outputs = expansion.edges.cpu().numpy().astype(np.int64), expansion.outputs.cpu().numpy()
+    parent, symbol = np.divmod(edges, expansion.num_symbols)
+    root = len(edges)
+    # A slot where no subword ends carries the longest one on the way to it, like its parent.
+    slots = np.flatnonzero(edges >= 0)
+    slots = slots[outputs[slots] != outputs[parent[slots]]]
+    subwords, at, bytes_ = outputs[slots], slots, []
+    while (at != root).any():
+        inside = at != root
+        bytes_.append(np.where(inside, symbol[np.minimum(at, root - 1)] - 1, -1))
+        at = np.where(inside, parent[np.minimum(at, root - 1)], root)
+    found: list[bytes | None] = [None] * (int(subwords.max(initial=-1)) + 1)
+    for subword, path in zip(subwords.tolist(), np.stack(bytes_, axis=1).tolist() if bytes_ else [], strict=True):
+        path = path[: path.index(-1)] if -1 in path else path
+        if max(path) < 256:  # ids beyond the bytes stand for special tokens and template words
+            found[subword] = bytes(path)
+    return found
+
+
 def _side_by_side(root: Tensor, trees: list[list[tuple[int, int]]], first_byte_id: int) -> DraftTrees:
     """Trees of parents and bytes as tensors, places that a row does not fill being absent."""
     most = max(map(len, trees))
@@ -138,4 +165,4 @@ def _side_by_side(root: Tensor, trees: list[list[tuple[int, int]]], first_byte_i
     return DraftTrees(ids.to(root.device), parents.to(root.device), deepest)
 
 
-__all__ = ["SubwordDrafter"]
+__all__ = ["SubwordDrafter", "subwords_of"]

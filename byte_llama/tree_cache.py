@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from evabyte.eva_cache import KeptPaths
 from evabyte.eva_layout import DraftTree
 
+from .byte_history import ByteHistory
+
 
 @dataclass
 class TreeRows:
@@ -157,6 +159,59 @@ class TreeCacheLayer(CacheLayerMixin):
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
 
 
+class TreeHistory(ByteHistory):
+    """The byte ids before each row's next node, for the subword expansion of nodes; follows commits.
+
+    Args:
+        source: the history of the cache that held the prompts.
+    """
+
+    def __init__(self, source: ByteHistory) -> None:
+        super().__init__([], source.width)
+        tail = source.tail()
+        self.recent = source.keys.new_zeros(source.keys.shape[0], self.width) if tail is None else tail
+        self.pending = 0  # columns at the end of `recent` that are not committed
+        self.written = self.recent[:, :0]  # the nodes written last
+        self.committed: list[tuple[Tensor, list[int]]] = []
+
+    def tail(self) -> Tensor:
+        """As in the parent, pending nodes included."""
+        return self.recent[:, -self.width :]
+
+    def keep_pending(self, count: int) -> None:
+        self.recent, self.pending = torch.cat((self.recent, self.written), dim=1), self.pending + count
+
+    def forget_pending(self) -> None:
+        self.recent, self.pending = self.recent[:, : self.recent.shape[1] - self.pending], 0
+
+    def commit(self, kept: KeptPaths) -> None:
+        """Append the nodes that are kept of those written last."""
+        nodes = self.written.gather(1, kept.nodes.to(self.written.device))
+        self.committed.append((nodes, kept.counts))
+        if kept.padding is None:
+            self.recent = torch.cat((self.recent, nodes), dim=1)[:, -self.width :]
+            return
+        text = torch.cat((self.recent[:, -self.width :], nodes), dim=1)
+        end = torch.tensor(kept.counts, device=text.device)[:, None]
+        self.recent = text.gather(1, end + torch.arange(self.width, device=text.device))
+
+    def select_rows(self, rows: Tensor) -> None:
+        index, order = rows.to(self.recent.device), rows.tolist()
+        self.recent, self.written = self.recent.index_select(0, index), self.written.index_select(0, index)
+        self.committed = [
+            (nodes.index_select(0, index), [counts[row] for row in order]) for nodes, counts in self.committed
+        ]
+
+    def append_to(self, source: ByteHistory) -> None:
+        """Add all that was committed, equally much in every row, to the history of the other cache."""
+        if self.committed:
+            rows = [
+                torch.cat([nodes[row, : counts[row]] for nodes, counts in self.committed])
+                for row in range(self.recent.shape[0])
+            ]
+            source.append(torch.stack(rows))
+
+
 class TreeCache(Cache):
     """What `multi_byte_generate` verifies trees against, made of the cache that holds the prompts.
 
@@ -172,7 +227,10 @@ class TreeCache(Cache):
         slots = cache.get_seq_length()
         self.rows = TreeRows([slots] * len(padding), list(padding))
         self.source = cache
-        super().__init__(layers=[self._layer(layer) for layer in cache.layers])
+        histories = [layer for layer in cache.layers if type(layer) is ByteHistory]
+        decoder = [self._layer(layer) for layer in cache.layers if type(layer) is not ByteHistory]
+        self.decoder_layers, self.histories = decoder, [TreeHistory(history) for history in histories]
+        super().__init__(layers=[*self.decoder_layers, *self.histories])
 
     def _layer(self, layer: CacheLayerMixin) -> TreeCacheLayer:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -186,18 +244,28 @@ class TreeCache(Cache):
     def masks(self, tree: DraftTree, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The mask of the nodes for each kind of layer: "full_attention", "sliding_attention"."""
         found: dict[str, Tensor] = {}
-        for layer in self.layers:
+        for layer in self.decoder_layers:
             kind = "full_attention" if layer.window is None else "sliding_attention"
             if kind not in found:
                 found[kind] = self.rows.mask(tree, dtype, device, layer.first_slot, layer.window)
         return found
 
+    def note(self, ids: Tensor) -> None:
+        """Remember the ids [B, T] of the nodes just written, for the expansion of what follows them."""
+        for history in self.histories:
+            history.written = ids + 1  # as symbols, see `subword_expansion.py`
+
     def keep_pending(self, count: int) -> None:
         """Let the next call's nodes follow the `count` just written, which are a chain, without committing them."""
         self.rows.move(self.rows.lengths, self.rows.pending + count)
+        for history in self.histories:
+            history.keep_pending(count)
 
     def forget_pending(self) -> None:
+        """Forget the nodes that `keep_pending` kept."""
         self.rows.move(self.rows.lengths)
+        for history in self.histories:
+            history.forget_pending()
 
     def commit(self, kept: KeptPaths) -> None:
         """Keep one path of each tree written last, and forget the other nodes."""
@@ -205,11 +273,13 @@ class TreeCache(Cache):
             start = self.rows.places(1, device)
             for layer in layers:
                 layer.commit(kept, start)
+        for history in self.histories:
+            history.commit(kept)
         self.rows.move([length + count for length, count in zip(self.rows.lengths, kept.counts, strict=True)])
 
     def _by_device(self) -> Iterator[tuple[torch.device, list[TreeCacheLayer]]]:
-        for device in {layer.device for layer in self.layers}:
-            yield device, [layer for layer in self.layers if layer.device == device]
+        for device in {layer.device for layer in self.decoder_layers}:
+            yield device, [layer for layer in self.decoder_layers if layer.device == device]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, int64 indices."""
@@ -223,7 +293,11 @@ class TreeCache(Cache):
         """The cache this one was made of, holding what has been committed; None for rows of unequal length."""
         if not self.rows.even:
             return None
-        for layer, source in zip(self.layers, self.source.layers, strict=True):
+        histories = [layer for layer in self.source.layers if type(layer) is ByteHistory]
+        decoder = [layer for layer in self.source.layers if type(layer) is not ByteHistory]
+        for history, source in zip(self.histories, histories, strict=True):
+            history.append_to(source)
+        for layer, source in zip(self.decoder_layers, decoder, strict=True):
             end = self.rows.lengths[0] - layer.first_slot
             begin = 0 if layer.window is None else max(0, end - layer.window + 1)
             source.keys, source.values = layer.keys[:, :, begin:end], layer.values[:, :, begin:end]

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byte_llama.subword_drafter import SubwordDrafter
+from byte_llama.subword_drafter import SubwordDrafter, subwords_of
+from byte_llama.subword_expansion import SubwordExpansion
+from byte_llama.subword_table import build_table, entries_from_dictionary
 from evabyte.byte_tree import ROOT
 from evabyte.drafters import DraftContext, Drafter
 
@@ -73,6 +75,13 @@ def test_completions_are_those_of_a_plain_search(tokens, word):
     if any(token.startswith(word) and token != word for token in tokens):
         assert drafter.completions(word, 5) == tuple(expected[:5])
         assert drafter.completions(word, 50) == tuple(expected)
+
+
+@given(tokens=st.lists(st.binary(min_size=1, max_size=16), min_size=1, max_size=40, unique=True))
+def test_subwords_read_back_from_a_table(tokens):
+    paths = {",".join(str(byte + 1) for byte in reversed(token)): 2 + n for n, token in enumerate(tokens)}
+    expansion = SubwordExpansion.from_table(build_table(entries_from_dictionary([paths, []], 16)))
+    assert subwords_of(expansion) == [None, *tokens]
 
 
 def test_what_cannot_serve_is_refused():
