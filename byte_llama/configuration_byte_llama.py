@@ -103,6 +103,7 @@ class ByteLlamaConfig(SubwordExpansionConfig, LlamaConfig):
     """
 
     model_type = "byte_llama"
+    _auto_class = "AutoConfig"
 
     add_qk_norm: bool = False
     skip_out_norm: bool = False
@@ -125,6 +126,7 @@ class ByteGemma2Config(SubwordExpansionConfig, Gemma2Config):
     """
 
     model_type = "byte_gemma2"
+    _auto_class = "AutoConfig"
 
 
 class TPULlamaConfig(ByteLlamaConfig):

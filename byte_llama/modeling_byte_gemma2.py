@@ -10,18 +10,22 @@ from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2TextScaledWordEmbedding,
 )
 
+from evabyte.hub import SelfContainedMixin
+
 from .configuration_byte_llama import ByteGemma2Config
 from .expanded_inputs import ExpandedGenerationMixin, ExpandedInputsMixin
 from .prediction_heads import PredictionHeadsMixin
 
 
-class ByteGemma2PreTrainedModel(Gemma2PreTrainedModel):
+class ByteGemma2PreTrainedModel(SelfContainedMixin, Gemma2PreTrainedModel):
     config: ByteGemma2Config
     _supports_sdpa = False  # PyTorch's fused attention has no soft caps and would leave them out
 
 
 class ByteGemma2Model(ExpandedInputsMixin, ByteGemma2PreTrainedModel, Gemma2Model):
     """The decoder without its output layer; see [`ExpandedInputsMixin`] for `forward`."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: ByteGemma2Config) -> None:
         super().__init__(config)
@@ -36,6 +40,8 @@ class ByteGemma2ForCausalLM(
     PredictionHeadsMixin, ExpandedGenerationMixin, ByteGemma2PreTrainedModel, Gemma2ForCausalLM
 ):
     """Byte-level Gemma 2 with its prediction heads; see [`ExpandedInputsMixin`] for the arguments beyond Gemma 2's."""
+
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: ByteGemma2Config) -> None:
         super(Gemma2ForCausalLM, self).__init__(config)  # Gemma's own would make a Gemma decoder

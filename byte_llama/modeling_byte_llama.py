@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from evabyte.hub import SelfContainedMixin
+
 from .configuration_byte_llama import ByteLlamaConfig
 from .expanded_inputs import ExpandedGenerationMixin, ExpandedInputsMixin
 from .prediction_heads import PredictionHeadsMixin
@@ -31,7 +33,7 @@ class UnusedRMSNorm(nn.Module):
         return hidden_states
 
 
-class ByteLlamaPreTrainedModel(LlamaPreTrainedModel):
+class ByteLlamaPreTrainedModel(SelfContainedMixin, LlamaPreTrainedModel):
     config: ByteLlamaConfig
     # With `add_qk_norm` the attention is Qwen3's: Llama's, with a norm of each head's queries and keys.
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": [LlamaAttention, Qwen3Attention]}
@@ -39,6 +41,8 @@ class ByteLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 class ByteLlamaModel(ExpandedInputsMixin, ByteLlamaPreTrainedModel, LlamaModel):
     """The decoder without its output layer; see [`ExpandedInputsMixin`] for `forward`."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: ByteLlamaConfig) -> None:
         super().__init__(config)
@@ -54,6 +58,8 @@ class ByteLlamaModel(ExpandedInputsMixin, ByteLlamaPreTrainedModel, LlamaModel):
 
 class ByteLlamaForCausalLM(PredictionHeadsMixin, ExpandedGenerationMixin, ByteLlamaPreTrainedModel, LlamaForCausalLM):
     """Byte-level Llama with its prediction heads; see [`ExpandedInputsMixin`] for the arguments beyond Llama's."""
+
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: ByteLlamaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)  # Llama's own would make a Llama decoder

@@ -73,6 +73,7 @@ class ByteLlamaTokenizer(PreTrainedTokenizerFast):
         ValueError: there is no vocabulary, or it does not begin with the 256 bytes.
     """
 
+    _auto_class = "AutoTokenizer"
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
 

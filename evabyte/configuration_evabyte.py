@@ -47,6 +47,7 @@ class EvaByteConfig(PreTrainedConfig):
     """
 
     model_type = "evabyte"
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 100000.0
     base_model_tp_plan = {

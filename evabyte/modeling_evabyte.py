@@ -228,6 +228,8 @@ class EvaBytePreTrainedModel(PreTrainedModel):
 class EvaByteModel(EvaBytePreTrainedModel):
     """The decoder without prediction heads."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: EvaByteConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -367,6 +369,7 @@ class EvaByteCausalLMOutput(CausalLMOutputWithPast):
 class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin):
     """EvaByte with its prediction heads: head h at position t predicts the byte at t + 1 + h."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}

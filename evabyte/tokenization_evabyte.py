@@ -139,6 +139,7 @@ class EvaByteTokenizer(PreTrainedTokenizerFast):
         ValueError: the files this tokenizer is loaded from hold another vocabulary.
     """
 
+    _auto_class = "AutoTokenizer"
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
 

@@ -6,7 +6,7 @@ import sys
 import torch
 from tiny import fresh_model, random_ids
 
-from evabyte import EvaByteConfig, EvaByteForCausalLM, EvaByteTokenizer
+from evabyte import EvaByteTokenizer
 
 LOAD = """
 import importlib.abc, sys, torch
@@ -30,13 +30,7 @@ print(type(model).__module__.split(".")[0])
 """
 
 
-def test_self_contained_folder(tmp_path, monkeypatch):
-    for cls, auto_class in (
-        (EvaByteConfig, "AutoConfig"),
-        (EvaByteForCausalLM, "AutoModelForCausalLM"),
-        (EvaByteTokenizer, "AutoTokenizer"),
-    ):
-        monkeypatch.setattr(cls, "_auto_class", auto_class)
+def test_self_contained_folder(tmp_path):
     model, ids = fresh_model(), random_ids(1, 30)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
