@@ -39,7 +39,8 @@ def attend_sdpa(
 
     In low precision on a CPU their backward pass is slower than plain products over the short rows of one window.
     """
-    if query.device.type == "cpu" and query.requires_grad and query.dtype != torch.float32:
+    learning = torch.is_grad_enabled() and query.requires_grad
+    if query.device.type == "cpu" and learning and query.dtype != torch.float32:
         return attend_naive(query, key, value, mask, scale, fp32_softmax)
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
@@ -78,14 +79,21 @@ def windowed_attention(
         prior_mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
     outputs = []
     block = max(window_size // 8, MIN_QUERY_BLOCK)
-    for start in range(first_query // window_size * window_size, length, window_size):
-        stop = min(start + window_size, length)
+    begin = first_query // window_size * window_size
+    spans = [(start, min(start + window_size, length)) for start in range(begin, length, window_size)]
+    # Queries go block by block, so that little is computed of what causality hides.
+    cuts = [list(range(max(start, first_query), stop, block)) for start, stop in spans]
+    ends = [*(first for starts in cuts for first in starts), length][1:]
+    # `split` has one gradient of full length; slices have one each, and as many additions.
+    sizes = [last - first for first, last in zip([first_query, *ends], ends, strict=False)]
+    block_queries = iter(zip(query.split(sizes, dim=2), ends, strict=True))
+    token_keys, token_values = (states[:, :, begin:].split(window_size, dim=2) for states in (key, value))
+    for (start, _), window_key, window_value, starts in zip(spans, token_keys, token_values, cuts, strict=True):
         visible = prior + start // chunk_size
-        keys = torch.cat((summary_key[:, :, :visible], key[:, :, start:stop]), dim=2)
-        values = torch.cat((summary_value[:, :, :visible], value[:, :, start:stop]), dim=2)
-        # Queries go block by block, so that little is computed of what causality hides.
-        for first in range(max(start, first_query), stop, block):
-            last = min(first + block, stop)
+        keys = torch.cat((summary_key[:, :, :visible], window_key), dim=2)
+        values = torch.cat((summary_value[:, :, :visible], window_value), dim=2)
+        for first in starts:
+            block_query, last = next(block_queries)
             seen = visible + last - start
             mask = None
             if last - first > 1 or prior_mask is not None:
@@ -93,8 +101,9 @@ def windowed_attention(
                 if prior_mask is not None:
                     mask = mask.expand(query.shape[0], 1, -1, -1).clone()
                     mask[..., :prior] += prior_mask
-            block_query = query[:, :, first - first_query : last - first_query]
-            outputs.append(attend(block_query, keys[:, :, :seen], values[:, :, :seen], mask, scale, fp32_softmax))
+            whole = seen == keys.shape[2]
+            seen_keys, seen_values = (keys, values) if whole else (keys[:, :, :seen], values[:, :, :seen])
+            outputs.append(attend(block_query, seen_keys, seen_values, mask, scale, fp32_softmax))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
