@@ -38,9 +38,11 @@ class MultibyteCausalLMOutput(CausalLMOutputWithPast):
         loss: scalar, in nats, when labels were given: the mean over heads of each head's mean.
         logits: [B, N, vocab_size] of the next byte, or [B, N, num_pred_heads, vocab_size] of all heads.
         head_losses: None, or float32 [num_pred_heads], each head's own mean loss.
+        last_hidden_state: [B, N, hidden_size], what the heads read.
     """
 
     head_losses: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 class PredictionHead(nn.Module):
@@ -187,6 +189,7 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             head_losses=head_losses,
+            last_hidden_state=hidden_states,
         )
 
     def predict(self, hidden_states: Tensor) -> Tensor:
