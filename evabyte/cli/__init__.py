@@ -1,4 +1,4 @@
-"""The command line: `evabyte generate`, `chat`, `info` and `demo`.
+"""The command line: `evabyte generate`, `chat`, `info`, `demo` and `merge`.
 
 This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
@@ -151,6 +151,18 @@ def build_parser() -> argparse.ArgumentParser:
         default=240,
         help="bytes to write at most (default: %(default)s)",
     )
+    merge = commands.add_parser(
+        "merge",
+        help="average checkpoints of one architecture",
+        description="Write the weighted average of checkpoints (a model soup), in little memory. Configuration, "
+        "tokenizer, code and card are those of the first.",
+    )
+    merge.add_argument("models", nargs="+", metavar="MODEL", help="model folders, at least two")
+    merge.add_argument("--output", required=True, metavar="DIR", help="folder to write, empty or not there")
+    merge.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="one per model, summing to 1 (default: all the same)"
+    )
+    merge.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
     return parser
 
 
