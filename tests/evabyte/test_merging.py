@@ -190,7 +190,7 @@ def test_memory_is_that_of_some_blocks(tmp_path):
         before = memory.now()
         merge_checkpoints([tmp_path / name for name in "abc"], tmp_path / "out")
     assert memory.most > 0
-    # Less than half of the largest tensor of a single checkpoint. (Blocks take some MB, and first use of libraries, too.)
+    # Less than half of the largest tensor of one checkpoint; blocks and the first use of libraries take some MB.
     assert memory.most - before < 2**24
     assert tensors_of(tmp_path / "out")["large"].eq(1).all()
 
