@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import decoders
 from torch import Tensor
 from transformers import (
@@ -96,6 +97,7 @@ def convert(
     _check_output(output, overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+    split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)  # refuses what is not a size
     if isinstance(model, PreTrainedModel):
         if tokenizer is None or gguf_file is not None or revision is not None:
             raise ValueError(

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     words = sys.argv[1:] if arguments is None else arguments
     # What is recorded names models, not where they lay.
-    words = [Path(word).name if Path(word).exists() else word for word in words]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     text = options.text.read_bytes()[: options.bytes].decode("utf-8", "ignore")
     facts = {
         "provenance": provenance("conversion.py", words, options.device),

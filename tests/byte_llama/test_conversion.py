@@ -429,6 +429,7 @@ def test_arguments(folder, tmp_path, monkeypatch, nothing_is_read):
         ({"num_layers": 4}, ValueError, "`num_layers` must be from 1 to 3, got 4"),
         ({"num_layers": 0}, ValueError, "`num_layers` must be from 1"),
         ({"dtype": "int8"}, ValueError, "`dtype` must be one of auto, float32"),
+        ({"max_shard_size": "5 apples"}, ValueError, "5 apples|5 APPLES"),
         ({"pad_token": "<nowhere>"}, ValueError, "`pad_token` '<nowhere>'"),
         ({"template_words": ["x"]}, ValueError, "template_words"),
         ({"gguf_file": "x.gguf"}, FileNotFoundError, "x.gguf is not in"),
