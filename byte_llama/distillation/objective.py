@@ -1,16 +1,16 @@
 """The losses of one batch, by name, from what student and teacher make of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evabyte.multibyte_loss import multibyte_loss, shift_for_heads
+from evabyte.multibyte_loss import shift_for_heads
 
 from .logprobs import SequenceLogProbs, sequence_logprobs
-from .losses import IGNORED, alm_loss, chunk_logprobs, latents_loss, sft_loss
+from .losses import IGNORED, alm_loss, chunk_logprobs, last_of_chunks, latents_loss, sft_loss
 
 LOSSES = ("sft", "alm", "latents", "heads")
 
@@ -73,7 +73,12 @@ class Objective:
         return TeacherView(sequence_logprobs(hidden, inputs["input_ids"], spaces, head, chunk_size), hidden)
 
     def __call__(
-        self, hidden: Tensor, logits: Tensor, batch: Mapping[str, Tensor], teacher: TeacherView | None
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        batch: Mapping[str, Tensor],
+        teacher: TeacherView | None,
+        average: Callable[[Tensor], Tensor] = lambda count: count,
     ) -> dict[str, Tensor]:
         """The losses, scalars by name.
 
@@ -82,12 +87,18 @@ class Objective:
             logits: [B, S, heads, V], of all its prediction heads.
             batch: of a `DistillationCollator`.
             teacher: what `look` returned; None when no loss needs it.
+            average: of a count of items over all devices. Each loss is divided by it, so that the mean over devices is
+                the loss of their batches together (but for the scale of "latents", which is each device's own).
         """
+
+        def items(counted: Tensor) -> Tensor:
+            return average(counted.sum().float()).clamp(min=1)
+
         labels, found = batch["labels"], {}
         spaces = self.student_spaces.to(logits.device) if self.student_spaces is not None else None
         logprobs = sequence_logprobs(logits[:, :, 0], batch["input_ids"], spaces)
         if "sft" in self.losses:
-            found["sft"] = sft_loss(logprobs.tokens, labels)
+            found["sft"] = sft_loss(logprobs.tokens, labels, items(labels[:, 1:] != IGNORED))
         if teacher is not None and "alm" in self.losses:
             chunks = chunk_logprobs(
                 teacher.logprobs,
@@ -99,14 +110,20 @@ class Objective:
                 space_threshold=self.space_threshold,
                 append_space=self.append_space,
             )
-            found["alm"] = alm_loss(chunks, self.difference, self.temperature)  # type: ignore[arg-type]
+            counted = items(chunks.normalizer > 0)
+            found["alm"] = alm_loss(chunks, self.difference, self.temperature, num_items=counted)  # type: ignore[arg-type]
         if teacher is not None and "latents" in self.losses:
-            found["latents"] = latents_loss(teacher.hidden, hidden, batch["teacher_chunks"], batch["chunks"])
+            sides = (batch["teacher_chunks"], batch["chunks"])
+            counted = items(last_of_chunks(sides[1], min(side.shape[1] for side in sides)) >= 0)
+            found["latents"] = latents_loss(teacher.hidden, hidden, *sides, num_items=counted)
         if "heads" in self.losses and logits.shape[2] > 1:
             documents = (batch["position_ids"] == 0).cumsum(-1) if "position_ids" in batch else None
             targets = shift_for_heads(labels, logits.shape[2], document=documents)
-            targets[..., 0] = IGNORED
-            found["heads"], _ = multibyte_loss(logits, targets)
+            each = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            ).view_as(targets)
+            counts = [items(targets[..., head] != IGNORED) for head in range(1, logits.shape[2])]
+            found["heads"] = (each[..., 1:].sum((0, 1)) / torch.stack(counts)).mean()
         return {name: found[name] for name in self.losses if name in found}
 
 

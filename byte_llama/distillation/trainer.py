@@ -71,7 +71,7 @@ class DistillationTrainer(Trainer):
         """The weighted sum of the batch's losses."""
         view = self.objective.look(self.teacher, inputs) if self.objective.needs_teacher else None
         outputs = model(**_student_inputs(inputs), use_cache=False, return_all_pred_logits=True)
-        losses = self.objective(outputs.last_hidden_state, outputs.logits, inputs, view)
+        losses = self.objective(outputs.last_hidden_state, outputs.logits, inputs, view, self._average)
         weights = self._weights_of(losses, inputs, view)
         loss = weighted_loss(list(losses.values()), weights)
         for name, value in losses.items():
@@ -86,10 +86,13 @@ class DistillationTrainer(Trainer):
         if self._last_layer is None:
             return torch.ones(len(losses), device=self.args.device)
         with torch.enable_grad():
-            side = self.objective(*self._last_layer.forward(), inputs, view)
+            side = self.objective(*self._last_layer.forward(), inputs, view, self._average)
             norms = gradient_norms(list(side.values()), self._last_layer.parameters)
         # All devices weight alike, or their gradients would not be those of one sum.
         return gradmag_weights(self.accelerator.reduce(norms, reduction="mean"))
+
+    def _average(self, count: Tensor) -> Tensor:
+        return self.accelerator.reduce(count, reduction="mean")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with each loss by its name and the training's throughput."""
