@@ -1,4 +1,4 @@
-"""The command line: `byte-llama convert`.
+"""The command line: `byte-llama convert` and `byte-llama distill`.
 
 This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
@@ -49,6 +49,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
     )
     convert.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+
+    distill = commands.add_parser(
+        "distill",
+        help="train a converted model on what its subword parent says",
+        description="Cross-tokenizer distillation as a recipe file describes it; the trained model is in OUTPUT/final.",
+    )
+    distill.add_argument("--config", metavar="FILE", required=True, help="the recipe, see docs/byteification.md")
+    distill.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="replace a field of the recipe (VALUE is YAML), or training.NAME of its training arguments",
+    )
+    distill.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     return parser
 
 

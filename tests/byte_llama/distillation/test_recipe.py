@@ -8,6 +8,7 @@ import yaml
 from test_trainer import SIZES, TEXTS, parts, student  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from byte_llama.cli import main
 from byte_llama.distillation import Recipe, distill
 
 
@@ -65,6 +66,16 @@ def test_adapters_are_merged(recipe, tmp_path, packed):
     ids = torch.tensor([[72, 101, 108]])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, adapted.to("cpu").eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_command(recipe, tmp_path, capsys):
+    short = ["--set", "training.max_steps=1", "--set", "losses=[sft]", "--set", "sample_prompts=[]"]
+    assert main(["distill", "--config", str(recipe), *short]) == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert "final" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["distill", "--config", str(recipe), "--set", "losses=[kl]"]) == 2
+    assert main(["distill", "--config", str(tmp_path / "absent.yaml")]) == 2
+    assert main(["distill", "--config", str(recipe), "--set", "losses"]) == 2
 
 
 @pytest.mark.parametrize(
