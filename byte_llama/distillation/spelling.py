@@ -1,5 +1,6 @@
 """What the tokens of a tokenizer spell: where each ends in a text, which are special, which are space-like."""
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -65,11 +66,15 @@ class Spelling:
         if not offsets:
             return np.zeros(0, dtype=np.int64)
         starts, ends = np.array(offsets, dtype=np.int64).T
-        # All tokens of one character have its offsets, but only the last one ends where it does. What lies between two
-        # tokens, such as accents that normalization joins, belongs to the first, but for spaces in front of the second.
+        # What lies between two tokens (an accent that was joined with its letter) belongs to the first, but for spaces
+        # in front of the second. A token that ends behind the start of the next one ends within a character, and so
+        # does one in front of an accent: normalization may have changed the order of accents.
         spaces = np.array([character.isspace() for character in text], dtype=np.bool_)
         stripped = np.maximum.accumulate(np.where(np.append(True, spaces), 0, np.arange(len(text) + 1)))
-        ends[:-1] = np.minimum(np.maximum(ends[:-1], stripped[starts[1:]]), starts[1:])
+        accents = np.array([unicodedata.combining(character) > 0 for character in text], dtype=np.bool_)
+        within = ends[:-1] > starts[1:]
+        ends[:-1] = np.maximum(ends[:-1], stripped[starts[1:]])
+        ends[:-1][within | np.append(accents, False)[ends[:-1]]] = 0
         ends = np.maximum.accumulate(ends)
         ends[-1] = len(text)
         characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

@@ -63,7 +63,9 @@ def spelled(tokenizer, ids):
 
 
 TEXTS = st.lists(
-    st.sampled_from([*"tehxyz .,\n\t", " the", "user", "é", "e\u0301", "😀", "漢字", "<|im_end|>", "\u0958"]),
+    st.sampled_from(
+        [*"tehxyz .,\n\t", " the", "user", "é", "e\u0301", "\u0336", "\u0323", "😀", "漢字", "<|im_end|>", "\u0958"]
+    ),
     max_size=25,
 )
 CONTENT = TEXTS.map("".join)
