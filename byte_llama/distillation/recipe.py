@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from accelerate.utils import patch_environment
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers.trainer_utils import align_special_tokens
 
 from .collation import DistillationCollator
 from .data import DistillationDataset, read_documents
@@ -106,7 +109,8 @@ def make_trainer(recipe: Recipe) -> DistillationTrainer:
     """Load what the recipe names and put it together; nothing runs yet."""
     ours = {"output_dir": recipe.output, "remove_unused_columns": False}
     args = TrainingArguments(**{"report_to": [], "eval_on_start": True, **recipe.training, **ours})
-    student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32)
+    set_seed(args.seed)  # what is new in the student is the same on all devices, which hold a shard each
+    student = _load_student(recipe)
     byte_tokenizer = AutoTokenizer.from_pretrained(recipe.student)
     gguf = {} if recipe.teacher_gguf_file is None else {"gguf_file": recipe.teacher_gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(recipe.teacher, **gguf)
@@ -118,11 +122,11 @@ def make_trainer(recipe: Recipe) -> DistillationTrainer:
         teacher_spaces=space_mask(tokenizer) if "alm" in recipe.losses else None,
     )
     if objective.needs_teacher:
-        teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher, dtype=dtype, **gguf)
+        # Under FSDP accelerate may have only the first process read weights; the teacher is whole on all of them.
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher, dtype=dtype, **gguf)
         spaces = space_mask(tokenizer, vocab_size=teacher.get_output_embeddings().weight.shape[0])
         objective = Objective(recipe.losses, objective.student_spaces, spaces)
-    _prepare_student(student, recipe)
-    model = _with_lora(student, recipe.lora) if recipe.lora else student
 
     encoder = ParallelEncoder(
         byte_tokenizer,
@@ -139,7 +143,7 @@ def make_trainer(recipe: Recipe) -> DistillationTrainer:
     documents = islice(read_documents(recipe.heldout, recipe.document_bytes), recipe.heldout_documents)
     heldout, size = encoder(list(documents)), args.per_device_eval_batch_size
     return DistillationTrainer(
-        model,
+        student,
         teacher,
         objective,
         weights=recipe.weights,
@@ -161,25 +165,30 @@ def distill(recipe: Recipe, resume: bool = False) -> DistillationTrainer:
     trainer = make_trainer(recipe)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.evaluate()
-    final = Path(recipe.output) / "final"
-    if recipe.lora:
-        if trainer.is_world_process_zero():
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(final)
-            trainer.processing_class.save_pretrained(final)
-    else:
-        trainer.save_model(str(final))
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # shards are gathered, by all processes together
+    if trainer.is_world_process_zero():
+        # Neither adapters nor code can be saved from a sharded model, whose layers and class are FSDP's.
+        student = _load_student(recipe)
+        student.load_state_dict(weights)
+        final = Path(recipe.output) / "final"
+        student = student.merge_and_unload() if recipe.lora else student
+        align_special_tokens(student, trainer.processing_class)  # as the Trainer did with the one it trained
+        student.save_pretrained(final)
+        trainer.processing_class.save_pretrained(final)
     trainer.save_state()
     return trainer
 
 
-def _prepare_student(student: Any, recipe: Recipe) -> None:
-    """Add heads where they are wanted; freeze what does not learn: the subwords' embeddings, or all but the heads."""
+def _load_student(recipe: Recipe) -> Any:
+    """With new heads where wanted; what does not learn is frozen: the subwords' embeddings, or all but the heads."""
+    student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32)
     if recipe.num_pred_heads > 1 and len(student.draft_heads) + 1 != recipe.num_pred_heads:
         student.add_prediction_heads(recipe.num_pred_heads, recipe.head_kind)
     if recipe.freeze_trunk:
         student.freeze_trunk()
     elif student.config.expand_input_ids:
         student.model.expand_embed_tokens.requires_grad_(False)
+    return _with_lora(student, recipe.lora) if recipe.lora else student
 
 
 def _with_lora(student: Any, arguments: Mapping[str, Any]) -> Any:
@@ -201,7 +210,11 @@ def _sampler(tokenizer: Any, prompts: Sequence[str], new_bytes: int) -> Callable
         for prompt in prompts:
             ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
             written = model.generate(
-                ids, max_new_tokens=new_bytes, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                ids,
+                max_new_tokens=new_bytes,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=isinstance(model, FSDPModule),  # shards are gathered by all processes or none
             )
             lines.append(tokenizer.decode(written[0], skip_special_tokens=True))
         return lines

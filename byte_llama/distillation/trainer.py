@@ -88,7 +88,8 @@ class DistillationTrainer(Trainer):
         with torch.enable_grad():
             side = self.objective(*self._last_layer.forward(), inputs, view, self._average)
             norms = gradient_norms(list(side.values()), self._last_layer.parameters)
-        # All devices weight alike, or their gradients would not be those of one sum.
+        # All devices weight alike, or their gradients would not be those of one sum. The mean of their norms is no less
+        # than the norm of their mean, which would take a layer's gradients over the network once a loss.
         return gradmag_weights(self.accelerator.reduce(norms, reduction="mean"))
 
     def _average(self, count: Tensor) -> Tensor:
