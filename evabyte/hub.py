@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from transformers.dynamic_module_utils import get_relative_import_files
 
 _IMPORT = re.compile(r"^(\s*)from evabyte\.(\w+) import", re.MULTILINE)
@@ -46,7 +47,13 @@ class SelfContainedMixin:
         hub = {
             name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "create_pr") if name in kwargs
         }
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        given_class: Any = type(self)
+        if isinstance(self, FSDPModule):  # `fully_shard` changes the class, and with it the module that is copied
+            self.__class__ = next(base for base in given_class.__mro__ if not issubclass(base, FSDPModule))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__class__ = given_class
         make_self_contained(save_directory)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)

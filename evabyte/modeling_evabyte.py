@@ -21,6 +21,7 @@ from .configuration_evabyte import EvaByteConfig
 from .eva_attention import backend_for, cached_attention, default_backend, layout_attention, summarizer
 from .eva_cache import eva_layers
 from .eva_layout import DraftTree, EvaLayout
+from .hub import SelfContainedMixin
 from .multibyte_generation import MultibyteGenerationMixin
 from .multibyte_loss import multibyte_loss, shift_for_heads
 
@@ -165,7 +166,7 @@ class EvaByteDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class EvaBytePreTrainedModel(PreTrainedModel):
+class EvaBytePreTrainedModel(SelfContainedMixin, PreTrainedModel):
     config: EvaByteConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

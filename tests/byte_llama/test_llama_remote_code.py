@@ -1,5 +1,6 @@
 """A saved folder brings all the code it needs, this package's and that of `evabyte`."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import KINDS, fresh_model
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from byte_llama import ByteLlamaTokenizer
 
@@ -57,3 +59,19 @@ def test_self_contained_folder(kind, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["transformers_modules"] * 2
+
+
+def test_code_of_a_sharded_model(tmp_path):
+    """`fully_shard` gives a model another class; the saved code is that of the real one."""
+    model = fresh_model("llama")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        weights = {name: tensor.full_tensor() for name, tensor in model.state_dict().items() if "lm_head" in name}
+        model.save_pretrained(tmp_path, state_dict=weights)
+    finally:
+        torch.distributed.destroy_process_group()
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+    assert saved == "modeling_byte_llama.ByteLlamaForCausalLM"
+    assert (tmp_path / "modeling_byte_llama.py").exists() and not list(tmp_path.glob("_fsdp*"))
+    assert isinstance(model, FSDPModule)
