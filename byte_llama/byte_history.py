@@ -52,7 +52,8 @@ class ByteHistory(_BehindTheLastLayer, DynamicLayer):
         if self.padded:
             return align_right(symbols, self.width)[0]
         recent = symbols[:, -self.width :]
-        return torch.nn.functional.pad(recent, (self.width - recent.shape[1], 0))
+        missing = self.width - recent.shape[1]
+        return torch.nn.functional.pad(recent, (missing, 0)) if missing else recent
 
 
 class StaticByteHistory(_BehindTheLastLayer, CacheLayerMixin):
