@@ -130,7 +130,6 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_all_pred_logits: bool = False,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         draft_tree: Tensor | DraftTree | None = None,
         **kwargs: Any,
@@ -140,7 +139,7 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
         Args:
             labels: int64 [B, N], -100 ignored, shifted inside: every head learns its own byte, none across the border
                 of a document (where `position_ids` are 0) or from padding.
-            shift_labels: int64 [B, N], `labels` already shifted by one.
+            shift_labels: int64 [B, N], `labels` already shifted by one; by name.
             return_all_pred_logits: return the logits of all heads, [B, N, num_pred_heads, vocab_size].
             draft_tree: None, or bool [B or 1, N, N] (or a `DraftTree`): the new ids are nodes of draft trees on a
                 `TreeCache`; row i marks node i and its ancestors.
@@ -148,6 +147,7 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
         Raises:
             ValueError: for trees on a cache of another kind, or under an attention that takes no masks.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, the Trainer would ask every batch for it
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
         learned = labels if shift_labels is None else shift_labels
         if draft_tree is not None:

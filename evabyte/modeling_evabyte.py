@@ -394,7 +394,6 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_all_pred_logits: bool = False,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         draft_tree: Tensor | DraftTree | None = None,
         **kwargs: Any,
@@ -406,7 +405,7 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
                 loss is the mean over heads of each head's mean. No head learns across documents or from padding. Or
                 [B, N, num_pred_heads], where labels[b, t, h] is the target of head h at position t itself (the
                 published layout): the loss is the mean over all labelled pairs.
-            shift_labels: int64 [B, N], `labels` already shifted by one (as context parallelism passes them).
+            shift_labels: int64 [B, N], `labels` already shifted by one (as context parallelism passes them); by name.
             logits_to_keep: keep the logits of the last so many positions (0: all), or of the positions in a tensor.
             return_all_pred_logits: return the logits of all heads, [B, N, num_pred_heads, vocab_size].
             num_items_in_batch: number of labels of the whole batch that this call is a part of (see `multibyte_loss`).
@@ -414,6 +413,7 @@ class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, Gener
         Raises:
             ValueError: as `EvaByteModel.forward`, and for labels whose shape does not fit.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, the Trainer would ask every batch for it
         learned = labels if shift_labels is None else shift_labels
         inputs, layout = input_ids if input_ids is not None else inputs_embeds, None
         if learned is not None and inputs is not None:

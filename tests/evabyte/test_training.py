@@ -174,3 +174,15 @@ def test_trainer_accumulation_equals_one_big_batch(tmp_path):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     for whole, parts in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-4)
+
+
+def test_the_trainer_evaluates(tmp_path):
+    """The Trainer finds the labels by the signature, and reports a loss when a batch has them all."""
+    ids = random_ids(4, 20)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    model = tiny_model()
+    found = Trainer(model, args, eval_dataset=rows).evaluate()["eval_loss"]
+    with torch.no_grad():
+        loss = model.eval()(ids, labels=ids, num_items_in_batch=ids[:, 1:].numel()).loss
+    assert found == pytest.approx(float(loss), rel=1e-5)
