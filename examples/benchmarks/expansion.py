@@ -233,9 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    # A result names the model, not where it lay on some machine.
+    shown = ["FOLDER" if word == str(options.tokenizer) else word for word in arguments]
     result: dict[str, Any] = {
         "benchmark": "expansion",
-        "provenance": provenance("expansion.py", arguments, options.device),
+        "provenance": provenance("expansion.py", shown, options.device),
         "settings": {**vars(options), "tokenizer": options.tokenizer.name},
     }
     tokens = token_bytes(AutoTokenizer.from_pretrained(options.tokenizer))
