@@ -392,7 +392,7 @@ class MultibyteGenerationMixin:
         typical = sampling == "typical" and kwargs["do_sample"]
         if return_trace and not kwargs.get("return_dict_in_generate"):
             raise ValueError("`return_trace` comes with `return_dict_in_generate=True`.")
-        return self.generate(  # type: ignore[attr-defined]
+        return self.generate(
             inputs,
             custom_generate=multibyte_decoding,
             draft=draft,
@@ -402,6 +402,44 @@ class MultibyteGenerationMixin:
             return_acc_lengths=return_acc_lengths,
             return_trace=return_trace,
             **kwargs,
+        )
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        multibyte: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` of transformers, by multibyte decoding where that is asked for.
+
+        Args:
+            multibyte: decode as `multi_byte_generate` does. By default, what the generation config's own `multibyte`
+                says (saved in generation_config.json, it reaches servers and evaluation harnesses); what multibyte
+                decoding does not do (beams, assistants, no cache) is then left to `generate`.
+            **kwargs: as in `generate`; with `multibyte=True` also those of `multi_byte_generate`.
+
+        Raises:
+            ValueError: `multibyte=True` for what multibyte decoding does not do.
+        """
+        if kwargs.get("custom_generate") is None and (
+            multibyte or (multibyte is None and self._goes_by_multibyte(generation_config, kwargs))
+        ):
+            kwargs["custom_generate"] = multibyte_decoding
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _goes_by_multibyte(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
+        """Whether the generation config asks for multibyte decoding, of a call that it can stand in for."""
+        own = self.generation_config  # type: ignore[attr-defined]
+        if not getattr(generation_config, "multibyte", getattr(own, "multibyte", False)):
+            return False
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)  # type: ignore[attr-defined]
+        return (
+            config.get_generation_mode(kwargs.get("assistant_model")) in SUPPORTED_MODES
+            and config.guidance_scale in (None, 1)
+            and config.use_cache is not False
+            and not getattr(config, "is_assistant", False)
         )
 
     # -- what the loop asks of a model ---------------------------------------------------------------------------------

@@ -81,8 +81,9 @@ class GrowingRows:
         )
 
     def _stops(self, criterion: Any, row: int) -> bool:
-        verdict = criterion(self._write()[row : row + 1, : len(self.texts[row])], None)
-        return bool(verdict.any()) if isinstance(verdict, Tensor) else bool(verdict)
+        # All rows are passed, since a criterion may go by a row's number; those of other lengths are ignored.
+        verdict = criterion(self.prefixes(len(self.texts[row])), None)
+        return bool(verdict[row]) if isinstance(verdict, Tensor) and verdict.ndim else bool(verdict)
 
     def prefixes(self, length: int) -> Tensor:
         """int64 [B, length], every row cut or padded to a length."""
