@@ -97,9 +97,15 @@ class ByteLlamaConfig(SubwordExpansionConfig, LlamaConfig):
     Args:
         add_qk_norm (`bool`, *optional*, defaults to `False`): RMS norm of each head's queries and keys before rotary.
         skip_out_norm (`bool`, *optional*, defaults to `False`): Leave out the norm behind the last layer.
+        eva_layers (`str` or `list[int]`, *optional*):
+            `"all"`, or the numbers of the layers whose attention is EVA's: exact within a window, by summaries of
+            chunks before it (see `eva_layers.py`). Their caches grow with N / `eva_chunk_size` instead of N.
+        eva_window_size (`int`, *optional*, defaults to 2048): Positions that see each other exactly in these layers.
+        eva_chunk_size (`int`, *optional*, defaults to 16): Positions per summary; divides `eva_window_size`.
 
     Raises:
-        ValueError: for an expansion without its dictionary or vocabulary size; the message names the field.
+        ValueError: for an expansion without its dictionary or vocabulary size, and for EVA layers that are not there or
+            cannot be; the message names the field.
     """
 
     model_type = "byte_llama"
@@ -107,13 +113,63 @@ class ByteLlamaConfig(SubwordExpansionConfig, LlamaConfig):
 
     add_qk_norm: bool = False
     skip_out_norm: bool = False
+    eva_layers: str | list[int] | tuple[int, ...] | None = None
+    eva_window_size: int = 2048
+    eva_chunk_size: int = 16
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.eva_layers, list | tuple):
+            self.eva_layers = sorted(set(self.eva_layers)) or None
         super().__post_init__(**kwargs)
         if self.add_qk_norm:
             norms = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
             plan = dict.fromkeys(norms, "replicated_with_grad_allreduce")
             self.base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **plan}
+
+    @property
+    def eva_layer_numbers(self) -> list[int]:
+        """Numbers of the layers with EVA attention, in ascending order."""
+        if self.eva_layers == "all":
+            return list(range(self.num_hidden_layers))
+        return list(self.eva_layers) if isinstance(self.eva_layers, list | tuple) else []
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The cache layer each decoder layer needs, as `DynamicCache(config=...)` reads it.
+
+        Raises:
+            AttributeError: without EVA layers, as from Llama's configuration: for one that has `layer_types`
+                transformers makes a mask of each type, which Llama's decoder does not take.
+        """
+        eva = set(self.eva_layer_numbers)
+        if not eva:
+            raise AttributeError("layer_types")
+        return ["eva_attention" if layer in eva else "full_attention" for layer in range(self.num_hidden_layers)]
+
+    def validate_layer_type(self) -> None:
+        """`layer_types` is derived, and EVA is not among transformers' own layer types: nothing to check."""
+
+    def validate_eva_layers(self) -> None:
+        """Refuse EVA layers that are not there or cannot be computed; called by `strict` after construction.
+
+        Raises:
+            ValueError: naming the field and the value it must have.
+        """
+        if self.eva_layers is None:
+            return
+        known = range(self.num_hidden_layers)
+        layers = self.eva_layer_numbers
+        if not layers or any(layer not in known for layer in layers):
+            raise ValueError(
+                f"`eva_layers` must be 'all' or numbers in 0..{self.num_hidden_layers - 1}, got {self.eva_layers!r}."
+            )
+        if self.eva_chunk_size < 1 or self.eva_window_size < 1 or self.eva_window_size % self.eva_chunk_size:
+            raise ValueError(
+                f"`eva_chunk_size` ({self.eva_chunk_size}) must divide `eva_window_size` ({self.eva_window_size}) "
+                "without remainder."
+            )
+        if self.attention_dropout:
+            raise ValueError(f"`attention_dropout` must be 0 with `eva_layers`, got {self.attention_dropout}.")
 
 
 @strict
@@ -122,11 +178,20 @@ class ByteGemma2Config(SubwordExpansionConfig, Gemma2Config):
     Configuration of a [`ByteGemma2Model`]: that of Gemma 2 and the fields of [`SubwordExpansionConfig`].
 
     Raises:
-        ValueError: for an expansion without its dictionary or vocabulary size; the message names the field.
+        ValueError: for an expansion without its dictionary or vocabulary size, and for `eva_layers`; the message names
+            the field.
     """
 
     model_type = "byte_gemma2"
     _auto_class = "AutoConfig"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.pop("eva_layers", None):
+            raise ValueError(
+                "`eva_layers`: Gemma 2 has none, since its attention caps its logits and slides in every other layer, "
+                "which EVA attention does not. Convert a Llama instead, or leave `eva_layers` out."
+            )
+        super().__post_init__(**kwargs)
 
 
 class TPULlamaConfig(ByteLlamaConfig):

@@ -1,7 +1,10 @@
 """Byte-level Llama: the in-tree Llama with subword embeddings in its input."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -14,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from evabyte.hub import SelfContainedMixin
 
 from .configuration_byte_llama import ByteLlamaConfig
+from .eva_layers import EvaLayersMixin, SummaryVectors
 from .expanded_inputs import ExpandedGenerationMixin, ExpandedInputsMixin
 from .prediction_heads import PredictionHeadsMixin
 
@@ -38,9 +42,16 @@ class ByteLlamaPreTrainedModel(SelfContainedMixin, LlamaPreTrainedModel):
     # With `add_qk_norm` the attention is Qwen3's: Llama's, with a norm of each head's queries and keys.
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": [LlamaAttention, Qwen3Attention]}
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SummaryVectors):
+            init.zeros_(module.adaptive_mu_k)
+            init.zeros_(module.adaptive_phi)
 
-class ByteLlamaModel(ExpandedInputsMixin, ByteLlamaPreTrainedModel, LlamaModel):
-    """The decoder without its output layer; see [`ExpandedInputsMixin`] for `forward`."""
+
+class ByteLlamaModel(ExpandedInputsMixin, EvaLayersMixin, ByteLlamaPreTrainedModel, LlamaModel):
+    """The decoder without its output layer; see [`ExpandedInputsMixin`] and [`EvaLayersMixin`] for `forward`."""
 
     _auto_class = "AutoModel"
 
@@ -49,6 +60,7 @@ class ByteLlamaModel(ExpandedInputsMixin, ByteLlamaPreTrainedModel, LlamaModel):
         if config.add_qk_norm:
             for index, layer in enumerate(self.layers):
                 layer.self_attn = Qwen3Attention(config, index)
+        self.add_eva_layers(self.layers)
         if config.skip_out_norm:
             self.norm = UnusedRMSNorm(config.hidden_size)
         if config.expand_input_ids:
@@ -68,6 +80,24 @@ class ByteLlamaForCausalLM(PredictionHeadsMixin, ExpandedGenerationMixin, ByteLl
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._make_heads()
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for models without `eva_layers`.
+
+        Raises:
+            NotImplementedError: with `eva_layers`, since a paged cache holds no summaries.
+        """
+        if self.config.eva_layers is not None:
+            raise NotImplementedError(
+                "Continuous batching (`generate_batch`) pages keys and values, and knows no summaries, which "
+                "`eva_layers` needs. Use `generate` with a padded batch and an `attention_mask`."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
+        if self.config.eva_layers is not None:
+            raise ValueError("`cache_implementation`: `eva_layers` have no static cache here; leave it out.")
+        return super()._prepare_static_cache(*args, **kwargs)
 
 
 __all__ = ["ByteLlamaForCausalLM", "ByteLlamaModel", "ByteLlamaPreTrainedModel"]

@@ -210,12 +210,13 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
         tree = draft_tree if isinstance(draft_tree, DraftTree) else DraftTree.from_mask(draft_tree)
         ids = inputs["input_ids"]
         masks = cache.masks(tree, self.dtype, ids.device)  # type: ignore[attr-defined]
-        by_kind = getattr(self.config, "layer_types", None) is not None
+        eva_layout = cache.eva_layout(tree)
         if self.config.expand_input_ids:
             inputs = {**inputs, "parents": parents_of(tree.mask.to(ids.device))}
         outputs = self.model(
             **{**inputs, "use_cache": True},
-            attention_mask=masks if by_kind else masks["full_attention"],
+            attention_mask=masks if "sliding_attention" in masks else masks.get("full_attention"),
+            **({} if eva_layout is None else {"eva_layout": eva_layout}),
             position_ids=cache.rows.positions(tree, ids.device),
             past_key_values=cache,
         )
@@ -234,6 +235,8 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
             if self._subwords is None:
                 self._subwords = subwords_of(self.model.subword_expansion)
             drafter = SubwordDrafter(self._subwords, **({} if nodes is None else {"nodes": nodes}))
+        elif base == "self" and getattr(self.config, "eva_layers", None) is not None:
+            raise ValueError(f"`draft={name!r}` does not go with `eva_layers`: choose another draft.")
         elif base == "self" and self._skipped_layers:
             drafter = SkipLayersDrafter(self, self._skipped_layers)
         elif base in ("subword", "self"):

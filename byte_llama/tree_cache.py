@@ -6,15 +6,17 @@ after every step; here each row's tokens lie one behind the other, and a row's n
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from evabyte.eva_cache import KeptPaths
-from evabyte.eva_layout import DraftTree
+from evabyte.eva_layout import DraftTree, EvaLayout
 
 from .byte_history import ByteHistory
+from .eva_layers import is_eva
 
 
 @dataclass
@@ -216,7 +218,7 @@ class TreeCache(Cache):
     """What `multi_byte_generate` verifies trees against, made of the cache that holds the prompts.
 
     Args:
-        cache: a `DynamicCache` whose layers are full or sliding.
+        cache: a `DynamicCache` whose layers are full or sliding, or EVA's, which verify trees as they are.
         padding: per row, the slots of padding at its start.
 
     Raises:
@@ -228,11 +230,15 @@ class TreeCache(Cache):
         self.rows = TreeRows([slots] * len(padding), list(padding))
         self.source = cache
         histories = [layer for layer in cache.layers if type(layer) is ByteHistory]
-        decoder = [self._layer(layer) for layer in cache.layers if type(layer) is not ByteHistory]
-        self.decoder_layers, self.histories = decoder, [TreeHistory(history) for history in histories]
-        super().__init__(layers=[*self.decoder_layers, *self.histories])
+        decoder: list[Any] = [self._layer(layer) for layer in cache.layers if type(layer) is not ByteHistory]
+        self.eva_layers = [layer for layer in decoder if is_eva(layer)]
+        self.decoder_layers = [layer for layer in decoder if isinstance(layer, TreeCacheLayer)]
+        self.histories = [TreeHistory(history) for history in histories]
+        super().__init__(layers=[*decoder, *self.histories])
 
-    def _layer(self, layer: CacheLayerMixin) -> TreeCacheLayer:
+    def _layer(self, layer: CacheLayerMixin) -> CacheLayerMixin:
+        if is_eva(layer):
+            return layer
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 f"Multibyte decoding needs a `DynamicCache`; a layer of `past_key_values` is a {type(layer).__name__}. "
@@ -250,13 +256,26 @@ class TreeCache(Cache):
                 found[kind] = self.rows.mask(tree, dtype, device, layer.first_slot, layer.window)
         return found
 
+    def eva_layout(self, tree: DraftTree) -> EvaLayout | None:
+        """Where the nodes stand, for EVA layers; None when there are none."""
+        if not self.eva_layers:
+            return None
+        layer = self.eva_layers[0]
+        return EvaLayout.for_tree(tree, window_size=layer.window_size, chunk_size=layer.chunk_size, past=layer.lengths)
+
     def note(self, ids: Tensor) -> None:
         """Remember the ids [B, T] of the nodes just written, for the expansion of what follows them."""
         for history in self.histories:
             history.written = ids + 1  # as symbols, see `subword_expansion.py`
 
     def keep_pending(self, count: int) -> None:
-        """Let the next call's nodes follow the `count` just written, which are a chain, without committing them."""
+        """Let the next call's nodes follow the `count` just written, which are a chain, without committing them.
+
+        Raises:
+            ValueError: with EVA layers, which take back what they hold only by windows.
+        """
+        if self.eva_layers:
+            raise ValueError("Self-speculation (`draft='self'`) does not go with `eva_layers`: choose another draft.")
         self.rows.move(self.rows.lengths, self.rows.pending + count)
         for history in self.histories:
             history.keep_pending(count)
@@ -273,6 +292,8 @@ class TreeCache(Cache):
             start = self.rows.places(1, device)
             for layer in layers:
                 layer.commit(kept, start)
+        for eva_layer in self.eva_layers:
+            eva_layer.commit(kept)
         for history in self.histories:
             history.commit(kept)
         self.rows.move([length + count for length, count in zip(self.rows.lengths, kept.counts, strict=True)])
@@ -283,8 +304,12 @@ class TreeCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, int64 indices."""
-        for layer in self.layers:
+        for layer in self.decoder_layers:
             layer.select_rows(indices)
+        for history in self.histories:
+            history.select_rows(indices)
+        for eva_layer in self.eva_layers:
+            eva_layer.batch_select_indices(indices)
         kept = indices.tolist()
         self.rows.padding = [self.rows.padding[row] for row in kept]
         self.rows.move([self.rows.lengths[row] for row in kept])
@@ -294,7 +319,7 @@ class TreeCache(Cache):
         if not self.rows.even:
             return None
         histories = [layer for layer in self.source.layers if type(layer) is ByteHistory]
-        decoder = [layer for layer in self.source.layers if type(layer) is not ByteHistory]
+        decoder = [layer for layer in self.source.layers if type(layer) is not ByteHistory and not is_eva(layer)]
         for history, source in zip(self.histories, histories, strict=True):
             history.append_to(source)
         for layer, source in zip(self.decoder_layers, decoder, strict=True):
