@@ -6,10 +6,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# The printable character by which byte-level tokenizers write each byte, in byte order.
-BYTE_CHARACTERS = tuple(character for _, character in sorted(bytes_to_unicode().items()))
+from evabyte.byte_tokenizer import BYTE_CHARACTERS
 
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}

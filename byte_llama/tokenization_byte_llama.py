@@ -1,23 +1,20 @@
 """The tokenizer of byte-level Llama and Gemma 2: byte ``b`` at id ``b``, special tokens and template words behind."""
 
-import codecs
 import json
 import re
-import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import to_py_obj
+from transformers import PreTrainedTokenizerBase
 
-from .token_bytes import BYTE_CHARACTERS, byte_level_bytes, rust_backend
+from evabyte.byte_tokenizer import BYTE_CHARACTERS, ByteTokenizer
+
+from .token_bytes import byte_level_bytes, rust_backend
 
 # What the published tokenizers hold besides bytes and special tokens: see `template_words` of `byte_tokenizer_from`.
 LLAMA3_TEMPLATE_WORDS = ("assistant", "system", "user", "\n\n")
 GEMMA2_TEMPLATE_WORDS = ("model", "user")
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _in_angle_brackets(token: str) -> bool:
@@ -45,7 +42,7 @@ def _byte_backend(state: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-class ByteLlamaTokenizer(PreTrainedTokenizerFast):
+class ByteLlamaTokenizer(ByteTokenizer):
     """Byte tokenizer: byte `b` of the UTF-8 text is id `b`; special tokens, then template words, have the ids from 256.
 
     Template words are pieces of plain text that are one id wherever they occur. The published tokenizers have them
@@ -73,9 +70,8 @@ class ByteLlamaTokenizer(PreTrainedTokenizerFast):
         ValueError: there is no vocabulary, or it does not begin with the 256 bytes.
     """
 
-    _auto_class = "AutoTokenizer"
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
+    byte_offset = 0
+    decoding_errors = "replace"
 
     def __init__(
         self,
@@ -125,193 +121,14 @@ class ByteLlamaTokenizer(PreTrainedTokenizerFast):
             # transformers would read False: it knows what these options say, but not what the file's template does.
             self._add_bos_token, self._add_eos_token = add_bos_token, add_eos_token
 
-        plain = backend.get_vocab(with_added_tokens=False).keys() - {token.content for token in added}
-        self._bytes_of_id = {backend.token_to_id(token): byte_level_bytes(token) for token in plain}
+        added_tokens = {token.content for token in added}
+        vocabulary = backend.get_vocab(with_added_tokens=False).items()
+        self.bytes_of_id = {index: byte_level_bytes(token) for token, index in vocabulary if token not in added_tokens}
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Keep `tokenizer_file`: transformers would take it apart, and leave the added tokens out."""
         return kwargs
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
-        try:
-            return super()._encode_plus(text, text_pair, **kwargs)
-        except (TypeError, UnicodeEncodeError) as error:
-            if _LONE_SURROGATE.search(json.dumps([text, text_pair], ensure_ascii=False, default=str)):
-                raise ValueError(
-                    "text holds a lone surrogate, which has no UTF-8 form: encode it yourself (for example with "
-                    'text.encode("utf-8", "surrogatepass")) and pass the bytes to encode_bytes.'
-                ) from error
-            raise
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        errors: str = "replace",
-        **kwargs: Any,
-    ) -> str:
-        if isinstance(token_ids, dict):
-            token_ids = token_ids["input_ids"]
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        text = self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors)
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, errors: str = "replace", **kwargs: Any) -> Any:
-        """Turn ids into text.
-
-        Args:
-            token_ids (`int`, `list[int]`, `list[list[int]]`, array or tensor): One sequence, or a batch.
-            skip_special_tokens (`bool`): Leave out special tokens; the bytes around them then join.
-            errors (`str`): What becomes of bytes that are not UTF-8: `"replace"` and `"backslashreplace"` show them,
-                `"ignore"` drops them, `"strict"` raises. [`decode_bytes`] keeps them.
-            kwargs: `clean_up_tokenization_spaces=True` takes spaces before punctuation out, as the published Llama
-                tokenizer did unasked.
-
-        Returns:
-            `str`, or `list[str]` for a batch.
-
-        Raises:
-            ValueError: an id is not in the vocabulary, or `errors` is not known.
-            UnicodeDecodeError: the bytes are not UTF-8 and `errors` is `"strict"`.
-        """
-        try:
-            codecs.lookup_error(errors)
-        except LookupError:
-            raise ValueError(
-                f'errors={errors!r} is not known: use "replace", "ignore", "backslashreplace" or "strict".'
-            ) from None
-        return super().decode(token_ids, skip_special_tokens=skip_special_tokens, errors=errors, **kwargs)
-
-    def iter_segments(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[bytes | str]:
-        """Yield the runs of text in `token_ids` as `bytes`, and each special or added token between them as `str`.
-
-        Args:
-            token_ids (`Iterable[int]`): One sequence of ids.
-            skip_special_tokens (`bool`): Leave out special tokens; the runs around them then join.
-
-        Raises:
-            ValueError: an id is not in the vocabulary.
-        """
-        run = bytearray()
-        added_tokens: dict[int, AddedToken] | None = None
-        for token_id in token_ids:
-            if token_id in self._bytes_of_id:
-                run += self._bytes_of_id[token_id]
-                continue
-            if added_tokens is None:
-                added_tokens = self.added_tokens_decoder
-            if token_id not in added_tokens:
-                raise ValueError(f"token id {token_id} is not in the vocabulary: ids go from 0 to {len(self) - 1}.")
-            token = added_tokens[token_id]
-            if skip_special_tokens and token.special:
-                continue
-            if run:
-                yield bytes(run)
-                run.clear()
-            yield token.content
-        if run:
-            yield bytes(run)
-
-    def encode_bytes(self, data: bytes, add_special_tokens: bool = True) -> list[int]:
-        """Turn any bytes, valid UTF-8 or not, into the ids of the single bytes: no special tokens, no template words.
-
-        Args:
-            data (`bytes`): What to encode; any bytes-like object.
-            add_special_tokens (`bool`): Add `bos_token` and `eos_token` where `encode` does.
-
-        Raises:
-            TypeError: `data` is a `str`, or not bytes-like.
-        """
-        if isinstance(data, str):
-            raise TypeError("encode_bytes takes bytes, but data is a str: use encode for text.")
-        ids = list(bytes(memoryview(data)))
-        if add_special_tokens:
-            frame = self.encode("a")
-            middle = frame.index(ord("a"))
-            ids = frame[:middle] + ids + frame[middle + 1 :]
-        return ids
-
-    def decode_bytes(self, token_ids: Any, skip_special_tokens: bool = True) -> bytes:
-        """Turn ids into the bytes they stand for, without loss: the inverse of [`encode_bytes`].
-
-        Args:
-            token_ids (`list[int]`, array or tensor): One sequence of ids.
-            skip_special_tokens (`bool`): Leave out special tokens, rather than write them as their text.
-
-        Raises:
-            ValueError: an id is not in the vocabulary, or `token_ids` is a batch.
-        """
-        ids = to_py_obj(token_ids)
-        if len(ids) > 0 and isinstance(ids[0], (list, tuple)):
-            raise ValueError("decode_bytes takes one sequence, but token_ids is a batch: call it for each row.")
-        segments = self.iter_segments(ids, skip_special_tokens)
-        return b"".join(part.encode() if isinstance(part, str) else part for part in segments)
-
-    def special_strings_in(self, text: str) -> list[str]:
-        """The special strings that occur in `text`, in order: what `encode` would turn into special ids.
-
-        To refuse such text rather than split it, raise an error when the list is not empty.
-        """
-        return [match[1] for match in self._special_string_pattern().finditer(text)]
-
-    def _special_string_pattern(self) -> re.Pattern[str]:
-        """Matches before every special string, overlapping ones too; group 1 is the string, the longest there is."""
-        strings = sorted(self.added_tokens_encoder, key=len, reverse=True)
-        return re.compile(f"(?=({'|'.join(map(re.escape, strings)) or '(?!)'}))")
-
-    def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-    ) -> list[int]:
-        """Turn a chat into ids, with special ids only where the chat template itself writes them.
-
-        Special strings inside the messages stay plain text, so nobody can end a turn or forge another from within a
-        message; nor does a template that looks for such a string in a message find it. When no message holds one, this
-        is what `apply_chat_template` gives.
-
-        Args:
-            messages (`list[dict]`): One chat: dicts with a `"role"` and a `"content"`.
-            add_generation_prompt (`bool`): End with the header of the assistant's answer.
-            continue_final_message (`bool`): Leave the last message open, for the model to go on with it.
-
-        Returns:
-            `list[int]`: the ids, ready for the model.
-
-        Raises:
-            TypeError: `messages` is not one list of dicts of plain data.
-        """
-        # A random mark inside each special string of the messages keeps the backend from recognising it. Without it
-        # the ids of the pieces are the ids of the whole, since no token spans it. Digits pass any template filter.
-        mark = f"{secrets.randbits(128):039d}"
-        special_string = re.compile(f"{self._special_string_pattern().pattern}(.)", re.DOTALL)
-
-        def break_up(value: Any) -> Any:
-            if isinstance(value, str):
-                return special_string.sub(rf"\g<2>{mark}", value)
-            if isinstance(value, dict):
-                return {break_up(key): break_up(item) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [break_up(item) for item in value]
-            if value is None or isinstance(value, (int, float)):
-                return value
-            raise TypeError(f"messages must hold plain data (str, dict, list, numbers), but holds a {type(value)}.")
-
-        if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
-            raise TypeError("messages must be one list of dicts: call encode_chat for each chat of a batch.")
-        chat = self.apply_chat_template(
-            break_up(messages),
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=False,
-        )
-        ids = []
-        for piece in chat.split(mark):
-            ids.extend(self.encode(piece, add_special_tokens=False, split_special_tokens=False))
-        return ids
 
 
 def byte_tokenizer_from(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.utils import to_py_obj
 
-from .tokenization_evabyte import EvaByteTokenizer, check_error_handler
+from .byte_tokenizer import ByteTokenizer, check_error_handler
 
 
 class ByteStreamer(TextStreamer):
@@ -16,10 +16,10 @@ class ByteStreamer(TextStreamer):
     The texts joined are `tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, errors=errors)`.
 
     Args:
-        tokenizer (`EvaByteTokenizer`): The byte tokenizer of the model.
+        tokenizer (`ByteTokenizer`): The byte tokenizer of the model.
         skip_prompt (`bool`): Leave out the prompt, which `generate` puts first.
         skip_special_tokens (`bool`): Leave out special tokens, rather than write them as their text.
-        errors (`str`): What becomes of bytes that are not UTF-8, as in `EvaByteTokenizer.decode`.
+        errors (`str`): What becomes of bytes that are not UTF-8, as in `ByteTokenizer.decode`.
         on_text (`Callable[[str, bool], None]`, *optional*): Called with each text, and with whether the stream ends
             there. Without it the text is printed, with a newline at the end.
         kwargs: Passed on to [`TextStreamer`].
@@ -30,7 +30,7 @@ class ByteStreamer(TextStreamer):
 
     def __init__(
         self,
-        tokenizer: EvaByteTokenizer,
+        tokenizer: ByteTokenizer,
         skip_prompt: bool = False,
         skip_special_tokens: bool = True,
         errors: str = "ignore",

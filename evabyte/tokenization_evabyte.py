@@ -1,14 +1,10 @@
 """The byte tokenizer of EvaByte: 64 special tokens at ids 0 to 63, then byte ``b`` at id ``64 + b``."""
 
-import codecs
-import re
-import secrets
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import to_py_obj
+
+from .byte_tokenizer import BYTE_CHARACTERS, ByteTokenizer
 
 BYTE_OFFSET = 64
 VOCAB_SIZE = BYTE_OFFSET + 256
@@ -78,26 +74,8 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
-def check_error_handler(errors: str) -> str:
-    """Return `errors`, or raise a `ValueError` when it does not name a way of treating bytes that are not UTF-8."""
-    try:
-        codecs.lookup_error(errors)
-    except LookupError:
-        raise ValueError(
-            f'errors={errors!r} is not known: use "ignore", "replace", "backslashreplace" or "strict".'
-        ) from None
-    return errors
-
-
-def _byte_characters() -> list[str]:
-    """The printable character by which the byte-level pre-tokenizer and decoder write each byte, in byte order."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    stand_ins = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
-
-
 def _byte_vocabulary() -> dict[str, int]:
-    return {token: index for index, token in enumerate((*SPECIAL_TOKENS, *_byte_characters()))}
+    return {token: index for index, token in enumerate((*SPECIAL_TOKENS, *BYTE_CHARACTERS))}
 
 
 def _byte_backend() -> Tokenizer:
@@ -109,13 +87,7 @@ def _byte_backend() -> Tokenizer:
     return backend
 
 
-def _has_lone_surrogate(text: Any) -> bool:
-    if isinstance(text, str):
-        return any("\ud800" <= character <= "\udfff" for character in text)
-    return isinstance(text, (list, tuple)) and any(_has_lone_surrogate(item) for item in text)
-
-
-class EvaByteTokenizer(PreTrainedTokenizerFast):
+class EvaByteTokenizer(ByteTokenizer):
     """Byte tokenizer: 64 special tokens at ids 0 to 63, then byte `b` of the UTF-8 text at id `64 + b`.
 
     Encoding puts `<bos>` in front (and before the second text of a pair) and adds no `<eos>`. The vocabulary is fixed,
@@ -139,9 +111,9 @@ class EvaByteTokenizer(PreTrainedTokenizerFast):
         ValueError: the files this tokenizer is loaded from hold another vocabulary.
     """
 
-    _auto_class = "AutoTokenizer"
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
+    byte_offset = BYTE_OFFSET
+    decoding_errors = "ignore"
+    bytes_of_id = {BYTE_OFFSET + byte: bytes([byte]) for byte in range(256)}
 
     def __init__(
         self,
@@ -206,165 +178,6 @@ class EvaByteTokenizer(PreTrainedTokenizerFast):
             chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
             **kwargs,
         )
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
-        try:
-            return super()._encode_plus(text, text_pair, **kwargs)
-        except (TypeError, UnicodeEncodeError) as error:
-            if _has_lone_surrogate(text) or _has_lone_surrogate(text_pair):
-                raise ValueError(
-                    "text holds a lone surrogate, which has no UTF-8 form: encode it yourself (for example with "
-                    'text.encode("utf-8", "surrogatepass")) and pass the bytes to encode_bytes.'
-                ) from error
-            raise
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,  # spaces are bytes like any other: never touched
-        errors: str = "ignore",
-        **kwargs: Any,
-    ) -> str:
-        check_error_handler(errors)
-        if isinstance(token_ids, dict):
-            token_ids = token_ids["input_ids"]
-        segments = self.iter_segments([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
-        return "".join(part if isinstance(part, str) else part.decode("utf-8", errors) for part in segments)
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, errors: str = "ignore", **kwargs: Any) -> Any:
-        """Turn ids into text. A special token that is not skipped ends the run of bytes before it.
-
-        Args:
-            token_ids (`int`, `list[int]`, `list[list[int]]`, array or tensor): One sequence, or a batch.
-            skip_special_tokens (`bool`): Leave out special tokens; the bytes around them then join.
-            errors (`str`): What becomes of bytes that are not UTF-8: `"ignore"` drops them, `"replace"` and
-                `"backslashreplace"` show them, `"strict"` raises. [`decode_bytes`] keeps them.
-
-        Returns:
-            `str`, or `list[str]` for a batch.
-
-        Raises:
-            ValueError: an id is not in the vocabulary, or `errors` is not known.
-            UnicodeDecodeError: the bytes are not UTF-8 and `errors` is `"strict"`.
-        """
-        return super().decode(token_ids, skip_special_tokens=skip_special_tokens, errors=errors, **kwargs)
-
-    def iter_segments(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[bytes | str]:
-        """Yield the runs of bytes in `token_ids` as `bytes`, and each special or added token between them as `str`.
-
-        Args:
-            token_ids (`Iterable[int]`): One sequence of ids.
-            skip_special_tokens (`bool`): Leave out special tokens; the runs around them then join.
-
-        Raises:
-            ValueError: an id is not in the vocabulary.
-        """
-        run = bytearray()
-        added_tokens: dict[int, AddedToken] | None = None
-        for token_id in token_ids:
-            if BYTE_OFFSET <= token_id < VOCAB_SIZE:
-                run.append(token_id - BYTE_OFFSET)
-                continue
-            if added_tokens is None:
-                added_tokens = self.added_tokens_decoder
-            if token_id not in added_tokens:
-                raise ValueError(f"token id {token_id} is not in the vocabulary: ids go from 0 to {len(self) - 1}.")
-            token = added_tokens[token_id]
-            if skip_special_tokens and token.special:
-                continue
-            if run:
-                yield bytes(run)
-                run.clear()
-            yield token.content
-        if run:
-            yield bytes(run)
-
-    def encode_bytes(self, data: bytes, add_special_tokens: bool = True) -> list[int]:
-        """Turn any bytes, valid UTF-8 or not, into ids. Nothing in them is read as a special token.
-
-        Args:
-            data (`bytes`): What to encode; any bytes-like object.
-            add_special_tokens (`bool`): Add `<bos>` (and `<eos>`, if this tokenizer adds it) as `encode` does.
-
-        Raises:
-            TypeError: `data` is a `str`, or not bytes-like.
-        """
-        if isinstance(data, str):
-            raise TypeError("encode_bytes takes bytes, but data is a str: use encode for text.")
-        ids = [BYTE_OFFSET + byte for byte in bytes(memoryview(data))]
-        if add_special_tokens and self.add_bos_token:
-            ids.insert(0, self.bos_token_id)
-        if add_special_tokens and self.add_eos_token:
-            ids.append(self.eos_token_id)
-        return ids
-
-    def decode_bytes(self, token_ids: Any, skip_special_tokens: bool = True) -> bytes:
-        """Turn ids into the bytes they stand for, without loss: the inverse of [`encode_bytes`].
-
-        Args:
-            token_ids (`list[int]`, array or tensor): One sequence of ids.
-            skip_special_tokens (`bool`): Leave out special tokens, rather than write them as their text.
-
-        Raises:
-            ValueError: an id is not in the vocabulary, or `token_ids` is a batch.
-        """
-        ids = to_py_obj(token_ids)
-        if len(ids) > 0 and isinstance(ids[0], (list, tuple)):
-            raise ValueError("decode_bytes takes one sequence, but token_ids is a batch: call it for each row.")
-        segments = self.iter_segments(ids, skip_special_tokens)
-        return b"".join(part.encode() if isinstance(part, str) else part for part in segments)
-
-    def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-    ) -> list[int]:
-        """Turn a chat into ids, with special ids only where the chat template itself writes them.
-
-        Special strings inside the messages stay plain text, so nobody can end a turn or forge another from within a
-        message. When no message holds such a string, this is what `apply_chat_template` gives.
-
-        Args:
-            messages (`list[dict]`): One chat: dicts with a `"role"` and a `"content"`.
-            add_generation_prompt (`bool`): End with the header of the assistant's answer.
-            continue_final_message (`bool`): Leave the last message open, for the model to go on with it.
-
-        Returns:
-            `list[int]`: the ids, ready for the model.
-
-        Raises:
-            TypeError: `messages` is not one list of dicts of plain data.
-        """
-        # A random mark inside each special string of the messages keeps the backend from recognising it. Without it
-        # the ids of the pieces are the ids of the whole, since each byte has its own. Digits pass any template filter.
-        mark = f"{secrets.randbits(128):039d}"
-        special_string = re.compile(f"(?=(?:{'|'.join(map(re.escape, self.added_tokens_encoder))}))(.)", re.DOTALL)
-
-        def break_up(value: Any) -> Any:
-            if isinstance(value, str):
-                return special_string.sub(rf"\g<1>{mark}", value)
-            if isinstance(value, dict):
-                return {break_up(key): break_up(item) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [break_up(item) for item in value]
-            if value is None or isinstance(value, (int, float)):
-                return value
-            raise TypeError(f"messages must hold plain data (str, dict, list, numbers), but holds a {type(value)}.")
-
-        if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
-            raise TypeError("messages must be one list of dicts: call encode_chat for each chat of a batch.")
-        chat = self.apply_chat_template(
-            break_up(messages),
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=False,
-        )
-        ids = []
-        for piece in chat.split(mark):
-            ids.extend(self.encode(piece, add_special_tokens=False, split_special_tokens=False))
-        return ids
 
 
 __all__ = ["EvaByteTokenizer"]

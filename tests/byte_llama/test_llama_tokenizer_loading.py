@@ -123,7 +123,8 @@ class TestSaveAndLoad:
         monkeypatch.setattr(ByteLlamaTokenizer, "_auto_class", "AutoTokenizer")
         folder = tmp_path / "folder"
         published("llama3_1").save_pretrained(folder)
-        assert {path.name for path in folder.glob("*.py")} == {"token_bytes.py", "tokenization_byte_llama.py"}
+        brought = {"token_bytes.py", "tokenization_byte_llama.py", "byte_tokenizer.py", "hub.py", "model_card.py"}
+        assert {path.name for path in folder.glob("*.py")} == brought
         (folder / "config.json").write_text('{"model_type": "byte_llama"}')
         environment = {"PATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
