@@ -1,4 +1,4 @@
-"""The command line: `evabyte generate`, `chat`, `info`, `demo` and `merge`.
+"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge` and `bpb`.
 
 This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
 PIPE_CLOSED = 141  # as a shell reports a program whose reader has gone
@@ -43,9 +43,10 @@ temperature = _number(float, lambda value: 0 <= value < float("inf"), "a number,
 probability = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
 
 
-def _model_options(dtype: str = "auto") -> OneLineParser:
+def _model_options(dtype: str = "auto", name: bool = True) -> OneLineParser:
     options = OneLineParser(add_help=False)
-    options.add_argument("--model", metavar="MODEL", help="model folder or Hub id (default: the bundled model)")
+    if name:
+        options.add_argument("--model", metavar="MODEL", help="model folder or Hub id (default: the bundled model)")
     options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     options.add_argument(
         "--dtype",
@@ -163,7 +164,41 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights", nargs="+", type=float, metavar="W", help="one per model, summing to 1 (default: all the same)"
     )
     merge.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
+    _add_evaluation(commands)
     return parser
+
+
+def _add_evaluation(commands: Any) -> None:
+    """Commands that take any causal language model, byte-level or subword."""
+    options = _model_options(name=False)
+    options.add_argument("model", metavar="MODEL", help="model folder or Hub id, byte-level or subword")
+    options.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with a model of another architecture"
+    )
+    options.add_argument(
+        "--batch-size", metavar="N", type=positive, default=1, help="texts in one forward (default: %(default)s)"
+    )
+    options.add_argument("--json", action="store_true", help="print one JSON object instead")
+    bpb = commands.add_parser(
+        "bpb",
+        parents=[options],
+        help="bits per byte on text files",
+        description="Bits that a model needs per byte of text files, each read by itself; comparable between models "
+        "whatever their tokenizers.",
+    )
+    bpb.add_argument("files", nargs="+", metavar="FILE", help="a text; UTF-8 unless the model is byte-level")
+    bpb.add_argument(
+        "--context",
+        metavar="IDS",
+        type=positive,
+        help="ids that the model reads at once (default: what it is made for, at most 4096)",
+    )
+    bpb.add_argument(
+        "--stride",
+        metavar="IDS",
+        type=positive,
+        help="ids from one window of text to the next, each scored once (default: half of --context)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..bundled import bundled_checkpoint
@@ -16,6 +19,7 @@ from ..modeling_evabyte import EvaByteForCausalLM
 from ..tokenization_evabyte import EvaByteTokenizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+Model = TypeVar("Model", bound=PreTrainedModel)
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
@@ -112,10 +116,36 @@ def load_model(name: str | None, device: str | None, dtype: str) -> tuple[EvaByt
         model, loading = EvaByteForCausalLM.from_pretrained(
             source, config=config, dtype=choose_dtype(dtype, place), output_loading_info=True
         )
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise CommandError(f"cannot load {source}: its files lack {len(missing)} weights, such as {missing[0]}")
-        return model.to(place).eval(), tokenizer
+        return _complete(model, loading, source).to(place).eval(), tokenizer
+
+
+def load_causal_lm(
+    name: str, device: str | None, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load any causal language model, byte-level or subword, and its tokenizer.
+
+    Raises:
+        CommandError: it cannot be loaded, completely, onto that device.
+    """
+    source = find_model(name)
+    place = choose_device(device)
+    # The distribution's other package makes further architectures known; a command may use it, the library may not.
+    with suppress(ImportError):
+        import_module("byte_llama")
+    with told_in_one_line(f"cannot load {source}"), _without_progress_bar(Path(source).is_dir()):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=choose_dtype(dtype, place), trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+        return _complete(model, loading, source).to(place).eval(), tokenizer
+
+
+def _complete(model: Model, loading: dict[str, Any], source: str) -> Model:
+    """The model, unless weights were missing."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CommandError(f"cannot load {source}: its files lack {len(missing)} weights, such as {missing[0]}")
+    return model
 
 
 def end_ids(model: EvaByteForCausalLM, tokenizer: EvaByteTokenizer) -> set[int]:
