@@ -1,0 +1,3 @@
+"""The tests of transformers that fail on a model, each with the reason why they must."""
+
+EXPECTED_FAILURES: dict[str, dict[str, str]] = {}
