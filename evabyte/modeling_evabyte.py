@@ -24,6 +24,7 @@ from .eva_layout import DraftTree, EvaLayout
 from .hub import SelfContainedMixin
 from .multibyte_generation import MultibyteGenerationMixin
 from .multibyte_loss import multibyte_loss, shift_for_heads
+from .one_head import FusedHeadGuard
 
 logger = logging.get_logger(__name__)
 
@@ -367,7 +368,7 @@ class EvaByteCausalLMOutput(CausalLMOutputWithPast):
     head_losses: Tensor | None = None
 
 
-class EvaByteForCausalLM(EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin):
+class EvaByteForCausalLM(FusedHeadGuard, EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin):
     """EvaByte with its prediction heads: head h at position t predicts the byte at t + 1 + h."""
 
     _auto_class = "AutoModelForCausalLM"
