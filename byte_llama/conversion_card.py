@@ -1,6 +1,5 @@
 """The model card of a converted checkpoint: what it is, where it comes from, and that it still has to be trained."""
 
-import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -9,10 +8,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .tokenization_byte_llama import ByteLlamaTokenizer
+from evabyte.model_card import CARD, facts_of_card, is_hub_id
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LICENCE = ("license", "license_name", "license_link")
+from .tokenization_byte_llama import ByteLlamaTokenizer
 
 _TEXT = Template("""\
 # $name, byte-level, untrained
@@ -63,7 +61,7 @@ def write_card(
         num_layers: number of layers of the subword model.
         gguf_file, revision: as in `convert`.
     """
-    on_hub = bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    on_hub = is_hub_id(source)
     # A path would tell strangers about this machine, and nothing about the model.
     name = source if on_hub else (gguf_file or (Path(source).resolve().name if source else "a subword model"))
     facts = _source_facts(source, gguf_file, revision) if source else {}
@@ -94,17 +92,12 @@ def write_card(
         folder=folder.resolve().name,
         unnamed="" if "license" in facts else "; its files do not name it",
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
 
 
 def _source_facts(source: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
     """Licence and language of the subword model, from its card or the header of its GGUF file."""
-    facts: dict[str, Any] = {}
-    try:
-        card = ModelCard.load(cached_file(source, "README.md", revision=revision)).data.to_dict()
-        facts = {key: card[key] for key in (*_LICENCE, "language") if card.get(key)}
-    except Exception:  # no card, no network, or a card that does not parse: a conversion does not fail for it
-        pass
+    facts = facts_of_card(source, revision=revision)
     if gguf_file is not None and "license" not in facts:
         from gguf import GGUFReader
 

@@ -217,7 +217,9 @@ def test_the_folder_is_the_first_ones(originals, tmp_path):
 
 
 def test_a_folder_without_a_card_gets_one(originals, tmp_path):
-    merge_checkpoints(originals[:2], tmp_path / "deep" / "out")
+    first = shutil.copytree(originals[0], tmp_path / "a")
+    (first / "README.md").unlink()
+    merge_checkpoints([first, originals[1]], tmp_path / "deep" / "out")
     text = (tmp_path / "deep" / "out" / "README.md").read_text()
     assert "- 0.5 x `a`\n- 0.5 x `b`\n\n# out\n" in text
 
