@@ -8,7 +8,6 @@ of the one before, the first with the beginning-of-text token. The last line is 
 """
 
 import argparse
-import math
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import byte_llama  # noqa: F401  makes the architectures known to the Auto classes
 from byte_llama.conversion import convert
+from evabyte.bits_per_byte import bits_of_ids
 
 PROMPT = "The President of the United States"
 
@@ -35,15 +35,9 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float]:
     return result, round(time.perf_counter() - began, 2)
 
 
-@torch.inference_mode()
 def bits(model: Any, ids: Sequence[int], context: int) -> float:
     """Bits that `model` needs for all ids but the first, in windows of `context` ids."""
-    total = 0.0
-    for start in range(0, len(ids) - 1, context):
-        window = torch.tensor([ids[start : start + context + 1]], device=model.device)
-        logits = model(window[:, :-1], use_cache=False).logits[0].float()
-        total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-    return total / math.log(2)
+    return bits_of_ids(model, ids, None, context, stride=context)
 
 
 def measure_byte(source: str, folder: Path, text: str, options: Any) -> tuple[dict[str, Any], str]:
