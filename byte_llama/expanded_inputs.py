@@ -12,8 +12,11 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .byte_history import add_byte_history, byte_history
 from .configuration_byte_llama import SubwordExpansionConfig
+from .request_history import ProcessorsAndHistories, request_windows
 from .subword_expansion import SubwordExpansion, TableSizes
 from .subword_table import build_table, entries_from_dictionary
+
+SERVERS = {"vllm": "vLLM", "sglang": "SGLang"}  # by the attention implementation that they run in-tree models with
 
 
 class ExpandedInputsMixin:
@@ -34,7 +37,13 @@ class ExpandedInputsMixin:
 
         Raises:
             ValueError: when the dictionary is malformed or names subwords that the embedding lacks.
+            NotImplementedError: within a server that runs models with a cache of its own, which keeps no byte ids.
         """
+        if (server := self.config._attn_implementation) in SERVERS:
+            raise NotImplementedError(
+                f"{SERVERS[server]} does not tell a model the bytes before each new one, which `expand_input_ids` "
+                "needs. Serve it with transformers (`generate`, `generate_batch`, `transformers serve`)."
+            )
         config, table = self.config, None
         subwords, maxlen = config.expand_input_ids_vocab_size or 0, config.expand_input_ids_maxlen or 0
         if config.expand_input_ids_dict is not None:
@@ -113,7 +122,11 @@ class ExpandedInputsMixin:
             token_mask = attention_mask[:, -ids.shape[1] :]
         symbols, padded = expansion.as_symbols(ids, position_ids, token_mask), token_mask is not None
         history = byte_history(past_key_values)
-        if input_ids is not None:
+        if "logits_processor_args" in kwargs:  # continuous batching
+            histories = kwargs["logits_processor_args"][-expansion.maxlen :].clamp(max=expansion.num_symbols - 1)
+            windows = request_windows(symbols, kwargs["cu_seq_lens_q"], histories)
+            inputs_embeds = self.embed_tokens(ids) + self.expand_embed_tokens(expansion.lookup(windows))
+        elif input_ids is not None:
             past = None if history is None else history.tail()
             subwords = expansion(symbols, past, parents=parents, padded=padded)
             inputs_embeds = self.embed_tokens(input_ids) + self.expand_embed_tokens(subwords)
@@ -141,17 +154,25 @@ class ExpandedGenerationMixin:
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, for models without `expand_input_ids`.
+        """As in transformers; the manager sends the bytes before each request's new ones along.
 
         Raises:
-            NotImplementedError: with `expand_input_ids`, since a paged cache keeps no byte ids.
+            ValueError: with soft caps in the attention (Gemma 2's), where transformers would leave them out.
         """
-        if self.config.expand_input_ids:
-            raise NotImplementedError(
-                "Continuous batching (`generate_batch`) does not know the bytes before each new one, which "
-                "`expand_input_ids` needs. Use `generate` with a padded batch and an `attention_mask`."
+        given = self.config._attn_implementation
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        taken = self.config._attn_implementation
+        if getattr(self.config, "attn_logit_softcapping", None) and "flash" not in taken:
+            self.set_attn_implementation(given)  # type: ignore[attr-defined]
+            raise ValueError(
+                f"Continuous batching (`generate_batch`) with attn_implementation={taken!r} would leave out the "
+                "attention's soft caps (`config.attn_logit_softcapping`). Load the model with "
+                "attn_implementation='flash_attention_2' on a GPU, or use `generate` with a padded batch."
             )
-        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        if self.config.expand_input_ids and not isinstance(manager.logit_processor, ProcessorsAndHistories):
+            width = self.model.subword_expansion.maxlen  # type: ignore[attr-defined]
+            manager.logit_processor = ProcessorsAndHistories(manager.logit_processor, width)
+        return manager
 
 
 __all__ = ["ExpandedGenerationMixin", "ExpandedInputsMixin"]

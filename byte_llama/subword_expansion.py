@@ -70,11 +70,11 @@ class SubwordExpansion(nn.Module):
         """Ids as symbols, int64 [B, N].
 
         Args:
-            ids: int64 [B, N].
+            ids: integers [B, N].
             position_ids: None, or int64 [B or 1, N]; a document starts wherever they are 0.
             real: None, or [B, N], zero at padding.
         """
-        symbols = (ids + 1).clamp(max=self.num_symbols - 1)
+        symbols = (ids.long() + 1).clamp(max=self.num_symbols - 1)
         if position_ids is not None:
             symbols = torch.where(position_ids == 0, symbols + START, symbols)
         return symbols if real is None else symbols * real.bool()

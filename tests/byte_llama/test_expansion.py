@@ -131,11 +131,16 @@ def test_any_dictionary_in_two_pieces(dictionary, ids, cut, maxlen):
     assert expand(expansion, ids[cut:], past=ids[:cut]) == expected[cut:]
 
 
-@given(dictionary=dictionaries, documents=st.lists(texts.filter(bool), min_size=1, max_size=4), cut=st.integers(0, 60))
-def test_packed_documents(dictionary, documents, cut):
+@given(
+    dictionary=dictionaries,
+    documents=st.lists(texts.filter(bool), min_size=1, max_size=4),
+    cut=st.integers(0, 60),
+    dtype=st.sampled_from([torch.int64, torch.int32]),
+)
+def test_packed_documents(dictionary, documents, cut, dtype):
     expansion = expansion_of(dictionary)
-    ids = torch.tensor([list(chain.from_iterable(documents))])
-    positions = torch.tensor([[position for document in documents for position in range(len(document))]])
+    ids = torch.tensor([list(chain.from_iterable(documents))], dtype=dtype)
+    positions = torch.tensor([[position for document in documents for position in range(len(document))]], dtype=dtype)
     expected = [subword for document in documents for subword in scan(document, dictionary)]
     symbols = expansion.as_symbols(ids, positions)
     assert expansion(symbols)[0].tolist() == expected

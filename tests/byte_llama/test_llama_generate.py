@@ -127,9 +127,3 @@ def test_compiled_decoding_on_a_static_cache(kind):
     compiled = model.generate(ids, cache_implementation="static", compile_config=everywhere, **settings)
     assert torch.equal(compiled, model.generate(ids, **settings))
     assert hasattr(model, "_compiled_call")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_continuous_batching_is_refused(kind):
-    with pytest.raises(NotImplementedError, match="generate_batch"):
-        tiny_model(kind).generate_batch([[1, 2, 3]])
