@@ -6,13 +6,14 @@ and the whole subword embedding stays, to be added where a subword ends.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from tokenizers import decoders
 from torch import Tensor
 from transformers import (
@@ -57,6 +58,9 @@ def convert(
     num_layers: int | None = None,
     template_words: Iterable[str] = (),
     pad_token: str | None = None,
+    eva_layers: str | Sequence[int] | None = None,
+    eva_window_size: int | None = None,
+    eva_chunk_size: int | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> None:
@@ -79,6 +83,8 @@ def convert(
         num_layers: keep only the first layers, for tests and experiments.
         template_words: as in `byte_tokenizer_from`.
         pad_token: a special token of the subword tokenizer to pad with, if not the one it names itself.
+        eva_layers, eva_window_size, eva_chunk_size: give these layers of a Llama ("all", or their numbers) EVA
+            attention over the same weights; fields of `ByteLlamaConfig`, where None stands for their defaults.
         max_shard_size: largest size of a weight file, as in `save_pretrained`.
         overwrite: write into a folder that is not empty; files of the same names are replaced.
 
@@ -115,6 +121,12 @@ def convert(
     config = subword_class.config_class.from_dict(values)
     if num_layers is not None and not 1 <= num_layers <= config.num_hidden_layers:
         raise ValueError(f"`num_layers` must be from 1 to {config.num_hidden_layers}, got {num_layers}.")
+    eva = {"eva_layers": eva_layers, "eva_window_size": eva_window_size, "eva_chunk_size": eva_chunk_size}
+    eva = {name: value for name, value in eva.items() if value is not None}
+    try:
+        byte_class.config_class(**_trunk_config(config, num_layers), **eva)
+    except StrictDataclassClassValidationError as error:  # wraps what a validator raised
+        raise ValueError(str(error.__cause__)) from error
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, revision=revision)
         if gguf_file is not None:
@@ -124,7 +136,7 @@ def convert(
 
     if not isinstance(model, PreTrainedModel):
         model = _load(subword_class, source, gguf_file, revision, dtype)
-    byte_model = _with_bytes(model, byte_class, counterparts, byte_tokenizer, num_layers, dtype)
+    byte_model = _with_bytes(model, byte_class, counterparts, byte_tokenizer, num_layers, dtype, eva)
     byte_model.save_pretrained(output, max_shard_size=max_shard_size)
     byte_tokenizer.save_pretrained(output)
     write_card(output, source, config.num_hidden_layers, byte_model, byte_tokenizer, gguf_file, revision)
@@ -225,6 +237,7 @@ def _with_bytes(
     tokenizer: ByteLlamaTokenizer,
     num_layers: int | None,
     dtype: torch.dtype | str,
+    eva: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The byte-level model. It shares the weights of the trunk with `subword_model`, unless `dtype` is another."""
     weights = dict(subword_model.state_dict())
@@ -240,6 +253,7 @@ def _with_bytes(
     generation = _generation_config(subword_model, counterparts, tokenizer)
     config = byte_class.config_class(
         **_trunk_config(subword_model.config, num_layers),
+        **eva,
         vocab_size=len(tokenizer),
         tie_word_embeddings=False,
         expand_input_ids=True,
@@ -248,6 +262,10 @@ def _with_bytes(
         expand_input_ids_dict=counterparts.expansion_dictionary(MAX_SUBWORD_LENGTH),
         **{f"{role}_id": getattr(generation, f"{role}_id") for role in _ROLES},
     )
+    for number in getattr(config, "eva_layer_numbers", ()):  # zero is where the summaries' vectors begin
+        shape = (1, config.num_key_value_heads, 1, 1, config.head_dim)
+        for name in ("adaptive_mu_k", "adaptive_phi"):
+            weights[f"model.layers.{number}.self_attn.summary.{name}"] = inputs.new_zeros(shape)
     dtype = inputs.dtype if dtype == "auto" else dtype
     model = byte_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     model.generation_config = generation

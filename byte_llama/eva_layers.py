@@ -75,16 +75,16 @@ class EvaLlamaAttention(LlamaAttention):
             )
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        learned, backend = self.summary(), self._backend(query)
+        (mu, phi), backend = self.summary(), self._backend(query)
         # The operator takes as many key heads as query heads; the cache keeps, and summarises, each only once.
-        mu, phi = (vector.repeat_interleave(self.num_key_value_groups, dim=1) for vector in learned)
+        mus, phis = (vector.repeat_interleave(self.num_key_value_groups, dim=1) for vector in (mu, phi))
         if past_key_values is None:
-            output = layout_attention(query, self._repeat(key), self._repeat(value), mu, phi, eva_layout, backend)
+            output = layout_attention(query, self._repeat(key), self._repeat(value), mus, phis, eva_layout, backend)
         else:
-            summarize = summarizer(*learned, eva_layout.chunk_size, backend, True)
+            summarize = summarizer(mu, phi, eva_layout.chunk_size, backend, True)
             states, _ = past_key_values.update(key, value, self.layer_idx, eva_layout, summarize)
             states = type(states)(*(self._repeat(getattr(states, field.name)) for field in fields(states)))
-            summarize = summarizer(mu, phi, eva_layout.chunk_size, backend, True)
+            summarize = summarizer(mus, phis, eva_layout.chunk_size, backend, True)
             output = cached_attention(query, states, summarize, eva_layout, backend)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1)), None
 
@@ -104,7 +104,12 @@ class EvaLayersMixin:
     config: ByteLlamaConfig
 
     def add_eva_layers(self, layers: nn.ModuleList) -> None:
-        """Replace the attention of the decoder layers that the configuration names."""
+        """Replace the attention of the decoder layers that the configuration names.
+
+        Raises:
+            ValueError: for layers that cannot be, since a field may have been set after the configuration was made.
+        """
+        self.config.validate_eva_layers()
         for number in self.config.eva_layer_numbers:
             layers[number].self_attn = EvaLlamaAttention(self.config, number)
 

@@ -46,6 +46,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--pad-token", metavar="TOKEN", help="special token to pad with (default: the subword model's)"
     )
     convert.add_argument(
+        "--eva-layers",
+        metavar="LAYERS",
+        type=_layers,
+        help="'all', or numbers as in 0,1,4: EVA attention in these layers of a Llama (default: none)",
+    )
+    convert.add_argument(
+        "--eva-window",
+        dest="eva_window_size",
+        metavar="N",
+        type=positive,
+        help="bytes that see each other exactly in EVA layers (default: 2048)",
+    )
+    convert.add_argument(
+        "--eva-chunk",
+        dest="eva_chunk_size",
+        metavar="N",
+        type=positive,
+        help="bytes per summary in EVA layers; divides the window (default: 16)",
+    )
+    convert.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
     )
     convert.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
@@ -66,6 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     return parser
+
+
+def _layers(text: str) -> str | list[int]:
+    """ "all", or numbers separated by commas."""
+    try:
+        return text if text == "all" else [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor numbers as in 0,1,4") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

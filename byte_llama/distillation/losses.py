@@ -174,6 +174,7 @@ def latents_loss(
     normalization: Normalization = "l2_channelwise",
     num_items: Tensor | float | None = None,
     epsilon: float = 1e-8,
+    average: Callable[[Tensor], Tensor] = lambda local: local,
 ) -> Tensor:
     """Difference of hidden states at the last token of each chunk, relative to the size of the teacher's, a scalar.
 
@@ -185,6 +186,7 @@ def latents_loss(
             teacher's states; `"..._channelwise"` takes that mean for each channel.
         num_items: number of chunks to divide by. Default: those of this batch.
         epsilon: added to what is divided by.
+        average: of a tensor over all devices, so that the teacher's size is that in all their batches together.
 
     Raises:
         ValueError: hidden sizes differ, or `normalization` has no such value.
@@ -203,7 +205,8 @@ def latents_loss(
     student = _states_at(student_hidden, last)
     teacher = _states_at(teacher_hidden, last_of_chunks(teacher_chunks, count))
     measure = torch.square if normalization.startswith("l2") else torch.abs
-    sizes = (measure(teacher) * exists[..., None]).sum((0, 1)) / exists.sum().clamp(min=1)  # [H]
+    number = average(exists.sum().float())
+    sizes = average((measure(teacher) * exists[..., None]).sum((0, 1))) / torch.where(number > 0, number, 1)  # [H]
     scale = sizes if normalization.endswith("channelwise") else sizes.mean()
     return _mean((measure(student - teacher) / (scale + epsilon)).mean(-1), exists, num_items)
 

@@ -87,8 +87,8 @@ class Objective:
             logits: [B, S, heads, V], of all its prediction heads.
             batch: of a `DistillationCollator`.
             teacher: what `look` returned; None when no loss needs it.
-            average: of a count of items over all devices. Each loss is divided by it, so that the mean over devices is
-                the loss of their batches together (but for the scale of "latents", which is each device's own).
+            average: of a tensor over all devices. Each loss is divided by the mean of its items, so that the mean over
+                devices is the loss of their batches together.
         """
 
         def items(counted: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Objective:
         if teacher is not None and "latents" in self.losses:
             sides = (batch["teacher_chunks"], batch["chunks"])
             counted = items(last_of_chunks(sides[1], min(side.shape[1] for side in sides)) >= 0)
-            found["latents"] = latents_loss(teacher.hidden, hidden, *sides, num_items=counted)
+            found["latents"] = latents_loss(teacher.hidden, hidden, *sides, num_items=counted, average=average)
         if "heads" in self.losses and logits.shape[2] > 1:
             documents = (batch["position_ids"] == 0).cumsum(-1) if "position_ids" in batch else None
             targets = shift_for_heads(labels, logits.shape[2], document=documents)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate.utils import patch_environment
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import align_special_tokens
 
 from .collation import DistillationCollator
@@ -37,9 +37,11 @@ class Recipe:
         packed: join documents to rows of full length.
         train_on: "all", "completions" or "last_turn".
         losses: names among `LOSSES`; weights: "gradmag" or a number for each by name.
+        eva_layers, eva_window_size, eva_chunk_size: give these layers of the student ("all", or their numbers) EVA
+            attention; the teacher keeps its own, so that "latents" has full attention's states as its target.
         num_pred_heads, head_kind: heads to add to a student that has none; freeze_trunk: train them alone.
         lora: None, or arguments of peft's `LoraConfig`; the adapter is merged into `output/final`.
-        teacher_dtype: the frozen teacher's.
+        teacher_dtype: the frozen teacher's; shard_teacher: each process holds its share of the teacher's layers.
         sample_prompts: texts that every evaluation continues, `sample_bytes` bytes each.
         training: of transformers' `TrainingArguments`.
 
@@ -61,11 +63,15 @@ class Recipe:
     train_on: str = "all"
     losses: tuple[str, ...] = ("sft", "alm", "latents")
     weights: str | Mapping[str, float] = "gradmag"
+    eva_layers: str | Sequence[int] | None = None
+    eva_window_size: int | None = None
+    eva_chunk_size: int | None = None
     num_pred_heads: int = 1
     head_kind: str = "residual"
     freeze_trunk: bool = False
     lora: Mapping[str, Any] | None = None
     teacher_dtype: str = "bfloat16"
+    shard_teacher: bool = False
     sample_prompts: tuple[str, ...] = ()
     sample_bytes: int = 64
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -147,6 +153,7 @@ def make_trainer(recipe: Recipe) -> DistillationTrainer:
         teacher,
         objective,
         weights=recipe.weights,
+        shard_teacher=recipe.shard_teacher,
         heldout=[loose(heldout[begin : begin + size]) for begin in range(0, len(heldout), size)],
         samples=_sampler(byte_tokenizer, recipe.sample_prompts, recipe.sample_bytes),
         args=args,
@@ -181,7 +188,11 @@ def distill(recipe: Recipe, resume: bool = False) -> DistillationTrainer:
 
 def _load_student(recipe: Recipe) -> Any:
     """With new heads where wanted; what does not learn is frozen: the subwords' embeddings, or all but the heads."""
-    student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32)
+    eva = {name: getattr(recipe, name) for name in ("eva_layers", "eva_window_size", "eva_chunk_size")}
+    eva = {name: value for name, value in eva.items() if value is not None}
+    if eva and not hasattr(AutoConfig.from_pretrained(recipe.student), "eva_layers"):
+        raise ValueError(f"`eva_layers` go with a byte-level Llama as the student, which {recipe.student} is not.")
+    student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32, **eva)
     if recipe.num_pred_heads > 1 and len(student.draft_heads) + 1 != recipe.num_pred_heads:
         student.add_prediction_heads(recipe.num_pred_heads, recipe.head_kind)
     if recipe.freeze_trunk:
@@ -197,7 +208,9 @@ def _with_lora(student: Any, arguments: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise ImportError("`lora` needs peft: pip install 'evabyte[train]'.") from error
     heads = [f"draft_heads.{number}" for number in range(len(student.draft_heads))]
-    defaults: dict[str, Any] = {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head", *heads]}
+    summaries = ["summary"] if getattr(student.config, "eva_layers", None) is not None else []  # of EVA layers
+    learned = ["embed_tokens", "lm_head", *heads, *summaries]
+    defaults: dict[str, Any] = {"target_modules": "all-linear", "modules_to_save": learned}
     return get_peft_model(student, LoraConfig(**{**defaults, **arguments}))
 
 

@@ -13,6 +13,8 @@ from transformers import Trainer
 from .last_layer import LastLayerCopy
 from .losses import IGNORED
 from .objective import Objective
+from .sharded_teacher import shard_teacher as share_out
+from .step_clock import StepClock
 from .weighting import gradient_norms, gradmag_weights, weighted_loss
 
 
@@ -25,6 +27,7 @@ class DistillationTrainer(Trainer):
         objective: which losses are taken.
         weights: "gradmag", so that the gradients of all losses have the same size on the last layer
             (approx_gradmag_preserve_mag), or a number for each loss by name.
+        shard_teacher: share the teacher's layers out over the processes of a distributed run.
         heldout: None, or batches of a `DistillationCollator` for `evaluate`, a list.
         samples: None, or a function of the student that returns lines of text for the log, called by `evaluate`.
         **kwargs: of `Trainer`. The data set gives examples and the collator batches of `byte_llama.distillation`.
@@ -32,6 +35,7 @@ class DistillationTrainer(Trainer):
     Raises:
         ValueError: for a loss that needs a teacher without one, weights that do not name the losses, and a data set
             whose columns the Trainer would drop.
+        RuntimeError: `shard_teacher` outside a distributed run.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class DistillationTrainer(Trainer):
         teacher: Any | None,
         objective: Objective,
         weights: str | Mapping[str, float] = "gradmag",
+        shard_teacher: bool = False,
         heldout: Iterable[Mapping[str, Tensor]] | None = None,
         samples: Callable[[Any], list[str]] | None = None,
         **kwargs: Any,
@@ -60,17 +65,25 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher
         if teacher is not None:
-            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+            teacher.requires_grad_(False).eval()
+            if shard_teacher:
+                share_out(teacher, self.args.device)
+            self.teacher = teacher.to(self.args.device)
         self._teacher_bits: float | None = None
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._since = time.perf_counter()
+        self._clock = StepClock(self.args.device)
+        self.accelerator.backward = self._clock.timed("backward", self.accelerator.backward)
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the batch's losses."""
-        view = self.objective.look(self.teacher, inputs) if self.objective.needs_teacher else None
-        outputs = model(**_student_inputs(inputs), use_cache=False, return_all_pred_logits=True)
+        view = None
+        if self.objective.needs_teacher:
+            with self._clock.part("teacher"):
+                view = self.objective.look(self.teacher, inputs)
+        with self._clock.part("student"):
+            outputs = model(**_student_inputs(inputs), use_cache=False, return_all_pred_logits=True)
         losses = self.objective(outputs.last_hidden_state, outputs.logits, inputs, view, self._average)
         weights = self._weights_of(losses, inputs, view)
         loss = weighted_loss(list(losses.values()), weights)
@@ -87,23 +100,21 @@ class DistillationTrainer(Trainer):
             return torch.ones(len(losses), device=self.args.device)
         with torch.enable_grad():
             side = self.objective(*self._last_layer.forward(), inputs, view, self._average)
-            norms = gradient_norms(list(side.values()), self._last_layer.parameters)
-        # All devices weight alike, or their gradients would not be those of one sum. The mean of their norms is no less
-        # than the norm of their mean, which would take a layer's gradients over the network once a loss.
-        return gradmag_weights(self.accelerator.reduce(norms, reduction="mean"))
+            return gradmag_weights(gradient_norms(list(side.values()), self._last_layer.parameters, self._average))
 
-    def _average(self, count: Tensor) -> Tensor:
-        return self.accelerator.reduce(count, reduction="mean")
+    def _average(self, local: Tensor) -> Tensor:
+        return self.accelerator.reduce(local, reduction="mean")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`, with each loss by its name and the training's throughput."""
+        """As in `Trainer`, with each loss by its name, the training's throughput, and where its time goes, as shares:
+        "time_teacher", "time_student" (forward), "time_backward", "time_other"."""
         if "loss" in logs and self._sums:
             sums = {name: float(self.accelerator.reduce(value, "sum")) for name, value in sorted(self._sums.items())}
             logs |= {name: sums[name] / sums["batches"] for name in sums if name.startswith("loss_")}
-            now = time.perf_counter()
-            logs["bytes_per_second"] = sums["bytes"] / (now - self._since)
+            seconds, shares = self._clock.shares()
+            logs["bytes_per_second"] = sums["bytes"] / seconds
+            logs |= {f"time_{name}": share for name, share in shares.items()}
             self._sums.clear()
-            self._since = now
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -127,7 +138,7 @@ class DistillationTrainer(Trainer):
         self.model.train(was_training)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
-        self._since += time.perf_counter() - began  # throughput is that of training
+        self._clock.pause(time.perf_counter() - began)  # throughput is that of training
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -4,13 +4,17 @@ Normalising the gradient of each loss takes a backward pass through the whole mo
 the last decoder layer's parameters alone, which are nearly free, stand in for all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 
-def gradient_norms(losses: Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norms(
+    losses: Sequence[Tensor],
+    parameters: Iterable[Tensor],
+    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
     """Norm of the gradient of each loss over all the parameters together, float32 [K].
 
     Leaves `.grad` as it is, and the graph of the losses as well, for the backward pass through their weighted sum.
@@ -18,6 +22,7 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Iterable[Tensor]) -> Te
     Args:
         losses: K scalars.
         parameters: those of the last decoder layer, usually; frozen ones are passed over.
+        average: of a gradient over all devices, so that the norms are those of their batches together.
 
     Raises:
         ValueError: no parameter needs a gradient.
@@ -27,11 +32,11 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Iterable[Tensor]) -> Te
         raise ValueError("parameters must hold at least one that needs a gradient.")
     norms = []
     for loss in losses:
-        gradients: Sequence[Tensor | None] = [None]
+        gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in trained]
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-        sizes = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradients if part is not None]
-        norms.append(torch.linalg.vector_norm(torch.stack(sizes)) if sizes else loss.new_zeros((), dtype=torch.float32))
+            gradients = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
+        sizes = [torch.linalg.vector_norm(average(part), dtype=torch.float32) for part in gradients]
+        norms.append(torch.linalg.vector_norm(torch.stack(sizes)))
     return torch.stack(norms).detach()
 
 

@@ -38,6 +38,20 @@ def test_convert(folder, tmp_path, capsys):
     assert len(AutoTokenizer.from_pretrained(output).encode("fox")) == 2  # bos, "fox"
 
 
+@torch.no_grad()
+def test_convert_with_eva_layers(folder, tmp_path):
+    """Weights as without; texts within one window are read alike."""
+    options = ["--eva-layers", "0,2", "--eva-window", "24", "--eva-chunk", "8"]
+    assert main(["convert", str(folder), str(tmp_path / "eva"), *options]) == 0
+    convert(folder, tmp_path / "full")
+    eva, full = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("eva", "full"))
+    config = eva.config
+    assert (config.eva_layers, config.eva_window_size, config.eva_chunk_size) == ([0, 2], 24, 8)
+    ids = torch.randint(0, 256, (1, 40))
+    near, far = (eva(ids).logits - full(ids).logits).abs().amax((0, 2)).split((24, 16))
+    assert near.max() < 1e-5 < far.max()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +63,9 @@ def test_convert(folder, tmp_path, capsys):
         (["convert", "{folder}", "{new}", "--num-layers", "0"], "must be a whole number, at least 1"),
         (["convert", "{folder}"], "required: OUT"),
         (["convert", "{folder}", "{new}", "--dtype", "int8"], "invalid choice"),
+        (["convert", "{folder}", "{new}", "--eva-layers", "first"], "neither 'all' nor numbers"),
+        (["convert", "{folder}", "{new}", "--eva-layers", "1,3"], "`eva_layers` must be 'all' or numbers in 0..2"),
+        (["convert", "{folder}", "{new}", "--eva-layers", "all", "--eva-window", "9"], "must divide"),
     ],
 )
 def test_mistakes(folder, tmp_path, capsys, arguments, message):

@@ -56,16 +56,34 @@ def test_from_file_to_student(recipe, tmp_path):
     assert resumed.state.global_step == 6
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_adapters_are_merged(recipe, tmp_path, packed):
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"packed": True}, {"eva_layers": "all", "eva_window_size": 16, "eva_chunk_size": 4}],
+    ids=["padded", "packed", "eva"],
+)
+def test_adapters_are_merged(recipe, tmp_path, own):
     pytest.importorskip("peft")
-    run = Recipe.from_file(recipe, lora={"r": 2}, packed=packed, losses=["sft", "latents"], sample_prompts=[])
+    run = Recipe.from_file(recipe, lora={"r": 2}, losses=["sft", "latents"], sample_prompts=[], **own)
     trainer = distill(run)
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
-    ids = torch.tensor([[72, 101, 108]])
+    ids = torch.tensor([[72, 101, 108] * 10])
+    learned = [weight for name, weight in again.named_parameters() if ".summary." in name]
+    assert bool(learned) == bool(own.get("eva_layers")) and all(weight.any() for weight in learned)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, adapted.to("cpu").eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.compatibility("Byteification (distillation)", "byte Llama")
+def test_eva_layers_learn_and_resume(recipe, tmp_path):
+    """All losses at once, from a student with full attention; the run goes on where it stopped."""
+    eva = {"eva_layers": [1], "eva_window_size": 16, "eva_chunk_size": 4, "sample_prompts": []}
+    distill(Recipe.from_file(recipe, **eva))
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert final.config.eva_layers == [1] and final.config.num_pred_heads == 3
+    assert final.model.layers[1].self_attn.summary.adaptive_mu_k.any()
+    longer = {**Recipe.from_file(recipe).training, "max_steps": 6}
+    assert distill(Recipe.from_file(recipe, **eva, training=longer), resume=True).state.global_step == 6
 
 
 def test_the_command(recipe, tmp_path, capsys):
@@ -76,6 +94,9 @@ def test_the_command(recipe, tmp_path, capsys):
     assert main(["distill", "--config", str(recipe), "--set", "losses=[kl]"]) == 2
     assert main(["distill", "--config", str(tmp_path / "absent.yaml")]) == 2
     assert main(["distill", "--config", str(recipe), "--set", "losses"]) == 2
+    capsys.readouterr()
+    assert main(["distill", "--config", str(recipe), "--set", "eva_layers=[2]"]) == 2
+    assert "`eva_layers` must be 'all' or numbers in 0..1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,9 @@ def test_every_loss_falls_and_is_logged(parts, tmp_path):
     for name in ("loss_sft", "loss_alm", "loss_latents", "loss_heads"):
         assert logs[-1][name] < logs[0][name], name
     assert all(entry["bytes_per_second"] > 0 for entry in logs)
+    for entry in logs:
+        shares = [entry[f"time_{part}"] for part in ("teacher", "student", "backward", "other")]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0
 
 
 def test_weights_are_those_of_the_model_itself(parts):

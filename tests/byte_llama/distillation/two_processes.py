@@ -29,5 +29,8 @@ AcceleratorState.__init__ = with_fsdp
 recipe, log, resume = sys.argv[1:]
 trainer = distill(Recipe.from_file(recipe), resume=resume == "resume")
 sharded = all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+layers = trainer.teacher.get_decoder().layers
+teacher_sharded = all(isinstance(parameter, DTensor) for parameter in layers.parameters())
 if trainer.is_world_process_zero():
-    Path(log).write_text(json.dumps({"history": trainer.state.log_history, "sharded": sharded}))
+    result = {"history": trainer.state.log_history, "sharded": sharded, "teacher_sharded": teacher_sharded}
+    Path(log).write_text(json.dumps(result))
