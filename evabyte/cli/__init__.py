@@ -1,4 +1,4 @@
-"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge` and `bpb`.
+"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge`, `bpb` and `serve`.
 
 This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
@@ -165,6 +165,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--normalize", action="store_true", help="divide the weights by their sum")
     _add_evaluation(commands)
+    serve = commands.add_parser(
+        "serve",
+        usage="evabyte serve [MODEL] [--byte-by-byte] [OPTION ...]",
+        help="a server with OpenAI's interface",
+        description="Run `transformers serve` for one of our models: a folder or Hub id, named first (default: the "
+        "bundled model). All other options are those of `transformers serve`, such as --port.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("--byte-by-byte", action="store_true", help="one byte per forward, not multibyte decoding")
     return parser
 
 
@@ -212,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reader of the output has gone.
     """
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, options.others = parser.parse_known_args(arguments)
+    if options.others and options.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(options.others)}")
     if options.version:
         from .. import __version__
 
