@@ -1,7 +1,7 @@
 """EvaByte: a Llama-like decoder over bytes with EVA attention and several prediction heads."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -464,6 +464,18 @@ class EvaByteForCausalLM(FusedHeadGuard, EvaBytePreTrainedModel, MultibyteGenera
             logits = self.lm_head(hidden_states).unflatten(-1, (-1, self.vocab_size))
             logits = logits if all_heads else logits[..., 0, :]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) if self.config.fp32_logits else logits
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not for EVA attention.
+
+        Raises:
+            NotImplementedError: always, before any work.
+        """
+        raise NotImplementedError(
+            "Continuous batching (`generate_batch`): its paged cache holds full and sliding attention only, and EVA "
+            "attention keeps summaries of chunks. Use `generate` or `multi_byte_generate` with a padded batch and an "
+            "`attention_mask`."
+        )
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:
         shape = tuple(input_shape[:2])
