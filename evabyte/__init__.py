@@ -3,12 +3,15 @@
 Importing the package makes the architecture known to transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers.utils import is_vision_available
 
 from .byte_streamer import ByteIteratorStreamer, ByteStreamer
 from .configuration_evabyte import EvaByteConfig
 from .eva_attention import eva_attention
+from .image_processing_evabyte import EvaByteImageProcessor
 from .modeling_evabyte import EvaByteForCausalLM, EvaByteModel
+from .processing_evabyte import EvaByteProcessor
 from .tokenization_evabyte import EvaByteTokenizer
 
 __version__ = "0.1.0"
@@ -17,13 +20,22 @@ AutoConfig.register("evabyte", EvaByteConfig, exist_ok=True)
 AutoModel.register(EvaByteConfig, EvaByteModel, exist_ok=True)
 AutoModelForCausalLM.register(EvaByteConfig, EvaByteForCausalLM, exist_ok=True)
 AutoTokenizer.register(EvaByteConfig, fast_tokenizer_class=EvaByteTokenizer, exist_ok=True)
+AutoProcessor.register(EvaByteConfig, EvaByteProcessor, exist_ok=True)
+if is_vision_available():  # without Pillow, AutoImageProcessor is a stand-in that only raises
+    AutoImageProcessor.register(
+        EvaByteConfig,
+        image_processor_classes={"pil": EvaByteImageProcessor, "torchvision": EvaByteImageProcessor},
+        exist_ok=True,
+    )
 
 __all__ = [
     "ByteIteratorStreamer",
     "ByteStreamer",
     "EvaByteConfig",
     "EvaByteForCausalLM",
+    "EvaByteImageProcessor",
     "EvaByteModel",
+    "EvaByteProcessor",
     "EvaByteTokenizer",
     "eva_attention",
 ]
