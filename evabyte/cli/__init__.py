@@ -38,6 +38,7 @@ def _number(kind: type, condition: Callable[[float], bool], meaning: str) -> Cal
 
 
 positive = _number(int, lambda value: value >= 1, "a whole number, at least 1")
+whole = _number(int, lambda value: value >= 0, "a whole number, at least 0")
 any_seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number, at least 0")
 temperature = _number(float, lambda value: 0 <= value < float("inf"), "a number, at least 0")
 probability = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
@@ -207,6 +208,32 @@ def _add_evaluation(commands: Any) -> None:
         metavar="IDS",
         type=positive,
         help="ids from one window of text to the next, each scored once (default: half of --context)",
+    )
+
+    evaluation = commands.add_parser(
+        "eval",
+        parents=[options],
+        help="scores on tasks of lm-evaluation-harness",
+        description="Scores on tasks of lm-evaluation-harness, as a table for a model card. Lengths and spaces are as "
+        "bytes need them.",
+    )
+    evaluation.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        default=["card"],
+        help="tasks or groups of the harness; card: mmlu boolq piqa ifeval arc_challenge (default: %(default)s)",
+    )
+    evaluation.add_argument(
+        "--include-path", action="append", default=[], metavar="DIR", help="a folder with task files of your own"
+    )
+    evaluation.add_argument("--limit", metavar="N", type=positive, help="examples of each task, for a try")
+    evaluation.add_argument(
+        "--num-fewshot", metavar="N", type=whole, help="answered examples before each question (default: the task's)"
+    )
+    evaluation.add_argument("--chat", action="store_true", help="put the questions into the model's chat format")
+    evaluation.add_argument(
+        "--byte-by-byte", action="store_true", help="generate one byte per forward, for comparison of the time"
     )
 
 
