@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -135,7 +136,7 @@ class EvaByteAttention(nn.Module):
         )
         cos, sin = position_embeddings
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        learned = (self.adaptive_mu_k, self.adaptive_phi)
+        learned = self._learned_vectors(query.shape[1])
         backend, fp32_softmax = backend_for(self.config._attn_implementation, query), self.config.mixedp_attn
         if past_key_values is None:
             output = layout_attention(query, key, value, *learned, layout, backend, fp32_softmax)
@@ -144,6 +145,17 @@ class EvaByteAttention(nn.Module):
             states, _ = past_key_values.update(key, value, self.layer_idx, layout, summarize)
             output = cached_attention(query, states, summarize, layout, backend, fp32_softmax)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
+
+    def _learned_vectors(self, heads: int) -> tuple[Tensor, Tensor]:
+        """`adaptive_mu_k` and `adaptive_phi`, each [1, H, 1, 1, D]; under tensor parallelism of this process's heads."""
+        learned = (self.adaptive_mu_k, self.adaptive_phi)
+        if learned[0].shape[1] == heads:
+            return learned
+        # Every process has the vectors of all heads and takes its own, in a way that brings their gradients together.
+        mesh = self.q_proj.weight.device_mesh
+        whole = (DTensor.from_local(vectors, mesh, [Replicate()], run_check=False) for vectors in learned)
+        mu, phi = (vectors.redistribute(placements=[Shard(1)]).to_local() for vectors in whole)
+        return mu, phi
 
 
 class EvaByteDecoderLayer(GradientCheckpointingLayer):
