@@ -1,4 +1,4 @@
-"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge`, `bpb` and `serve`.
+"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge`, `bpb`, `eval` and `serve`.
 
 This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
@@ -248,9 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reader of the output has gone.
     """
     parser = build_parser()
-    options, options.others = parser.parse_known_args(arguments)
-    if options.others and options.command != "serve":
-        parser.error(f"unrecognized arguments: {' '.join(options.others)}")
+    options, others = parser.parse_known_args(arguments)
+    if others and options.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.others = others
     if options.version:
         from .. import __version__
 
