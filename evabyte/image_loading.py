@@ -65,7 +65,7 @@ def load_image(image: Any, max_pixels: int, allow_urls: bool = False, input_data
     """
     pil = pillow()
     if isinstance(image, pil.Image.Image):
-        check_pixels(*image.size, max_pixels)
+        check_pixels(image.width, image.height, max_pixels)
         opened, name = image, "the image"
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         return _from_pixels(image, max_pixels, input_data_format)
@@ -95,7 +95,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Any:
         raise ValueError(
             f"{name} cannot be opened: not an image in one of the formats {', '.join(_FORMATS)}."
         ) from error
-    check_pixels(*opened.size, max_pixels)
+    check_pixels(opened.width, opened.height, max_pixels)
     return opened
 
 

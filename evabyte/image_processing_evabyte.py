@@ -256,7 +256,7 @@ class EvaByteImageProcessor(BaseImageProcessor):
         if not self.do_resize:
             return image
         if "longest_edge" in self.size:
-            size = fitted_size(*image.size, self.size["longest_edge"])
+            size = fitted_size(image.width, image.height, self.size["longest_edge"])
         else:
             size = self.size["width"], self.size["height"]
         return image if size == image.size else image.resize(size, self.resample)
