@@ -176,20 +176,49 @@ class TreeShape:
         """bool [1, nodes, nodes]; see `DraftTrees.mask`."""
         return ancestor_mask(self.parents[None], self.max_depth)
 
-    def fill(self, root: Tensor, head_logits: Tensor) -> DraftTrees:
-        """This tree with the heads' best bytes.
+
+@dataclass(frozen=True)
+class PlacedShape:
+    """The shape of a static tree as tensors on one device; called, it gives the tree with the heads' best bytes.
+
+    Attributes:
+        ranks, heads: int64 [nodes - 1], which of the best bytes of which head every node but the root takes.
+        parents, mask: as in `DraftTrees`, of a single row.
+    """
+
+    ranks: Tensor
+    heads: Tensor
+    parents: Tensor
+    mask: Tensor
+    max_rank: int
+    max_depth: int
+
+    def __call__(self, root: Tensor, head_logits: Tensor, temperature: float | Tensor = 1.0) -> DraftTrees:
+        """The shape's trees.
 
         Args:
             root: int64 [B].
             head_logits: [B, heads, vocab]; entry h drafts depth h + 1.
+            temperature: taken for the sake of other drafters; it does not change the order of bytes.
         """
-        device = root.device
         ids = root[:, None]
-        if self.paths:
-            ranks = torch.tensor([path[-1] for path in self.paths], device=device)
+        if self.max_depth:
             best = head_logits[:, : self.max_depth].topk(self.max_rank + 1, dim=-1).indices  # [B, depths, K]
-            ids = torch.cat((ids, best[:, self.depths[1:].to(device) - 1, ranks]), dim=1)
-        return DraftTrees(ids, self.parents[None].to(device), self.max_depth, known_mask=self.mask.to(device))
+            ids = torch.cat((ids, best[:, self.heads, self.ranks]), dim=1)
+        return DraftTrees(ids, self.parents, self.max_depth, known_mask=self.mask)
+
+
+@cache
+def placed_shape(shape: TreeShape, device: torch.device) -> PlacedShape:
+    """A shape's tensors on a device, made once: copying them there at every step would stall it."""
+    return PlacedShape(
+        ranks=torch.tensor([path[-1] for path in shape.paths], dtype=torch.int64, device=device),
+        heads=torch.tensor([len(path) - 1 for path in shape.paths], dtype=torch.int64, device=device),
+        parents=shape.parents[None].to(device),
+        mask=shape.mask.to(device),
+        max_rank=shape.max_rank,
+        max_depth=shape.max_depth,
+    )
 
 
 @cache

@@ -6,13 +6,13 @@ model, and whatever it proposes, the decoded bytes are the model's own. Any obje
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .byte_tree import PUBLISHED_TREES, ROOT, DraftTrees, TreeShape, published_tree
+from .byte_tree import PUBLISHED_TREES, ROOT, DraftTrees, TreeShape, placed_shape, published_tree
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,64 @@ class Drafter(Protocol):
         ...
 
 
-@dataclass
+class TreeBounds(NamedTuple):
+    """How large the trees of a drafter are at most, for caches of fixed size.
+
+    Attributes:
+        nodes: of one row's tree, the root included.
+        depth: of its deepest node.
+    """
+
+    nodes: int
+    depth: int
+
+
+DEFAULT_BOUNDS = TreeBounds(128, 127)
+
+
+def tree_bounds(drafter: Drafter) -> TreeBounds:
+    """A drafter's `bounds`, or what one without them may propose to a cache of fixed size."""
+    return getattr(drafter, "bounds", DEFAULT_BOUNDS)
+
+
+class Fill(Protocol):
+    """Trees as `Drafter.draft` gives them, from what `DraftContext` describes under the same names.
+
+    Made of tensor operations alone, and all trees have one size: this can be a part of a compiled step.
+    """
+
+    def __call__(self, root: Tensor, head_logits: Tensor, temperature: float | Tensor) -> DraftTrees: ...
+
+
+@runtime_checkable
+class TensorDrafter(Protocol):
+    """A drafter of tensor operations alone. Hashable; equal drafters propose the same trees of the same size."""
+
+    @property
+    def bounds(self) -> TreeBounds:
+        """The size of the trees."""
+        ...
+
+    def fill_on(self, device: torch.device, vocab_size: int) -> Fill:
+        """What drafts, with whatever it needs on that device, from logits of so many ids."""
+        ...
+
+
+@dataclass(frozen=True)
 class StaticDrafter:
     """A tree of one shape, filled with the most probable bytes of each head."""
 
     shape: TreeShape
 
+    @property
+    def bounds(self) -> TreeBounds:
+        return TreeBounds(self.shape.nodes, self.shape.max_depth)
+
     def draft(self, context: DraftContext) -> DraftTrees:
-        return self.shape.fill(context.root, context.head_logits)
+        return placed_shape(self.shape, context.root.device)(context.root, context.head_logits)
+
+    def fill_on(self, device: torch.device, vocab_size: int) -> Fill:
+        return placed_shape(self.shape, device)
 
 
 @cache
@@ -64,7 +114,7 @@ def _rank_pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return i[keep].to(device), r[keep].to(device)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DynamicDrafter:
     """The `nodes` most probable nodes, by the product of the heads' probabilities along each path.
 
@@ -75,16 +125,43 @@ class DynamicDrafter:
 
     nodes: int
 
+    @property
+    def bounds(self) -> TreeBounds:
+        return TreeBounds(self.nodes + 1, self.nodes)
+
     def draft(self, context: DraftContext) -> DraftTrees:
-        batch, depths = context.head_logits.shape[:2]
-        device = context.root.device
+        fill = self.fill_on(context.root.device, context.head_logits.shape[-1])
+        return fill(context.root, context.head_logits, context.temperature)
+
+    def fill_on(self, device: torch.device, vocab_size: int) -> Fill:
+        width = min(self.nodes, vocab_size)
+        return BestNodes(self.nodes, width, *_rank_pairs(width, device))
+
+
+@dataclass(frozen=True)
+class BestNodes:
+    """`DynamicDrafter` on one device.
+
+    Attributes:
+        nodes: how many to take.
+        width: how many paths of each length can be among them.
+        above, rank: int64 [pairs], `_rank_pairs` of the width.
+    """
+
+    nodes: int
+    width: int
+    above: Tensor
+    rank: Tensor
+
+    def __call__(self, root: Tensor, head_logits: Tensor, temperature: float | Tensor) -> DraftTrees:
+        batch, depths = head_logits.shape[:2]
+        device = root.device
         parents = torch.full((batch, 1), ROOT, device=device)
         if depths == 0:
-            return DraftTrees(context.root[:, None], parents, 0)
-        log_probs = (context.head_logits / context.temperature).log_softmax(-1)
-        width = min(self.nodes, log_probs.shape[-1])
+            return DraftTrees(root[:, None], parents, 0)
+        log_probs = (head_logits / temperature).log_softmax(-1)
+        width, above, rank = self.width, self.above, self.rank
         best, ids = log_probs.topk(width, dim=-1)  # [B, depths, width]
-        above, rank = _rank_pairs(width, device)
         # Depth by depth the best paths of that length; `chosen` says which pair each consists of.
         gains = best[:, 1:].index_select(2, rank)  # [B, depths - 1, pairs]
         scores, chosen = [best[:, 0]], []
@@ -106,7 +183,7 @@ class DynamicDrafter:
         parent_place = (numbers // width - 1).clamp(min=0) * width + parent_rank.flatten(1)
         parent = torch.where(numbers < width, 0, node.gather(1, parent_place))
         return DraftTrees(
-            torch.cat((context.root[:, None], level_ids.gather(1, kept)), dim=1),
+            torch.cat((root[:, None], level_ids.gather(1, kept)), dim=1),
             torch.cat((parents, parent.gather(1, kept)), dim=1),
             depths,
         )
@@ -127,6 +204,10 @@ class LookupDrafter:
     suffixes: tuple[int, ...] = (24, 16, 12, 8, 6, 4)
     _seen: dict[int, list[dict[tuple[int, ...], int]]] = field(default_factory=dict)
     _read: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> TreeBounds:
+        return TreeBounds(self.length + 1, self.length)
 
     def continuation(self, row: int, text: list[int]) -> list[int]:
         """Up to `length` bytes that followed the longest known suffix of `text`."""
@@ -169,6 +250,11 @@ class UnionDrafter:
 
     first: Drafter
     second: LookupDrafter
+
+    @property
+    def bounds(self) -> TreeBounds:
+        first, second = tree_bounds(self.first), self.second.bounds
+        return TreeBounds(first.nodes + second.nodes - 1, max(first.depth, second.depth))
 
     def draft(self, context: DraftContext) -> DraftTrees:
         trees = self.first.draft(context)

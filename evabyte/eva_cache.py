@@ -11,6 +11,7 @@ that `crop` can open it again.
 """
 
 from collections import deque
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class KeptPaths:
         paths: per row the nodes of one path, root first; empty to keep nothing.
 
     Attributes:
+        paths: as given.
         counts: nodes to keep per row.
         nodes: int64 [B, longest path].
         in_place: the nodes to keep stand first already.
@@ -34,13 +36,19 @@ class KeptPaths:
     """
 
     def __init__(self, paths: list[list[int]]) -> None:
+        self.paths = paths
         self.counts = [len(path) for path in paths]
-        most = max(self.counts)
         self.in_place = all(path == list(range(len(path))) for path in paths)
-        self.nodes = torch.tensor([path + [0] * (most - len(path)) for path in paths], dtype=torch.int64)
-        self.padding: Tensor | None = None
-        if min(self.counts) < most:
-            self.padding = torch.arange(most) >= torch.tensor(self.counts)[:, None]
+
+    @cached_property
+    def nodes(self) -> Tensor:
+        most = max(self.counts)
+        return torch.tensor([path + [0] * (most - len(path)) for path in self.paths], dtype=torch.int64)
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        most = max(self.counts)
+        return torch.arange(most) >= torch.tensor(self.counts)[:, None] if min(self.counts) < most else None
 
 
 class EvaCacheLayer(CacheLayerMixin):
@@ -148,7 +156,7 @@ class EvaCacheLayer(CacheLayerMixin):
         if not layout.crosses_window():
             states: WindowStates | SequenceStates = self._write_in_window(key_states, value_states, layout)
             self.lengths = layout.new_lengths
-            self._close_full_windows(layout.past)
+            self.close_full_windows(layout.past)
         elif layout.uniform:
             states = self._write_across_windows(key_states, value_states, layout)
         else:
@@ -249,7 +257,7 @@ class EvaCacheLayer(CacheLayerMixin):
         behind = slice(self.origin, self.origin + count - closing)
         self.keys[row, :, behind], self.values[row, :, behind] = keys[:, closing:], values[:, closing:]
 
-    def _close_full_windows(self, past: tuple[int, ...]) -> None:
+    def close_full_windows(self, past: tuple[int, ...]) -> None:
         """After tokens were written behind the `past` ones: summarise the windows they filled, move the rest up."""
         for row, (before, after) in enumerate(zip(past, self.lengths, strict=True)):
             windows = after // self.window_size - before // self.window_size
@@ -263,24 +271,32 @@ class EvaCacheLayer(CacheLayerMixin):
 
     def commit(self, kept: KeptPaths) -> None:
         """Keep one path of each draft tree written last, and forget the other nodes."""
-        past, open_tokens, most = self.lengths, self.open_tokens, max(kept.counts)
-        if not most:
+        if max(kept.counts):
+            past = self.lengths
+            self.move(kept)
+            self.count(kept)
+            self.close_full_windows(past)
+
+    def move(self, kept: KeptPaths) -> None:
+        """Bring the nodes to keep directly behind each row's tokens."""
+        if kept.in_place:
             return
-        if not kept.in_place:
-            nodes = kept.nodes.to(self.keys.device)
-            if len(past) == 1:
-                start = self.origin + open_tokens[0]
-                for states in (self.keys, self.values):
-                    states[:, :, start : start + most] = states.index_select(2, nodes[0] + start)
-            else:
-                start_of_row = torch.tensor(open_tokens, device=nodes.device)[:, None] + self.origin
-                source, target = start_of_row + nodes, start_of_row + torch.arange(most, device=nodes.device)
-                row = torch.arange(len(past), device=nodes.device)[:, None]
-                for states in (self.keys, self.values):
-                    states[row, :, target] = states[row, :, source]
-        self._append_padding(kept.padding, most)
-        self.lengths = tuple(length + count for length, count in zip(past, kept.counts, strict=True))
-        self._close_full_windows(past)
+        nodes, open_tokens, most = kept.nodes.to(self.keys.device), self.open_tokens, max(kept.counts)
+        if len(open_tokens) == 1:
+            start = self.origin + open_tokens[0]
+            for states in (self.keys, self.values):
+                states[:, :, start : start + most] = states.index_select(2, nodes[0] + start)
+        else:
+            start_of_row = torch.tensor(open_tokens, device=nodes.device)[:, None] + self.origin
+            source, target = start_of_row + nodes, start_of_row + torch.arange(most, device=nodes.device)
+            row = torch.arange(len(open_tokens), device=nodes.device)[:, None]
+            for states in (self.keys, self.values):
+                states[row, :, target] = states[row, :, source]
+
+    def count(self, kept: KeptPaths) -> None:
+        """Count nodes that stand directly behind each row's tokens as cached."""
+        self._append_padding(kept.padding, max(kept.counts))
+        self.lengths = tuple(length + count for length, count in zip(self.lengths, kept.counts, strict=True))
 
     def _newest_first(self, summaries: Tensor) -> Tensor:
         """[B, H, n * chunks_per_window, D] with the order of the windows reversed."""

@@ -26,6 +26,7 @@ from .hub import SelfContainedMixin
 from .multibyte_generation import MultibyteGenerationMixin
 from .multibyte_loss import multibyte_loss, shift_for_heads
 from .one_head import FusedHeadGuard
+from .static_generation import StaticGenerationMixin
 
 logger = logging.get_logger(__name__)
 
@@ -295,7 +296,7 @@ class EvaByteModel(EvaBytePreTrainedModel):
         if layout is None:
             layout = self.build_layout(hidden_states.shape, attention_mask, position_ids, past_key_values, draft_tree)
         positions = layout.positions(hidden_states.device)
-        if max(layout.new_lengths) > self.config.max_position_embeddings:
+        if isinstance(layout, EvaLayout) and max(layout.new_lengths) > self.config.max_position_embeddings:
             logger.warning_once(
                 f"A sequence is {max(layout.new_lengths)} long, more than `max_position_embeddings` "
                 f"({self.config.max_position_embeddings}): the model was not trained there and may write nonsense."
@@ -380,7 +381,9 @@ class EvaByteCausalLMOutput(CausalLMOutputWithPast):
     head_losses: Tensor | None = None
 
 
-class EvaByteForCausalLM(FusedHeadGuard, EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin):
+class EvaByteForCausalLM(
+    StaticGenerationMixin, FusedHeadGuard, EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin
+):
     """EvaByte with its prediction heads: head h at position t predicts the byte at t + 1 + h."""
 
     _auto_class = "AutoModelForCausalLM"

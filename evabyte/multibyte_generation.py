@@ -21,11 +21,12 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from .byte_tree import ROOT, DraftTrees, TreeShape
-from .drafters import DraftContext, Drafter, StaticDrafter, make_drafter
+from .drafters import Drafter, StaticDrafter, make_drafter, tree_bounds
 from .eva_cache import KeptPaths
-from .eva_layout import DraftTree
+from .eva_static_cache import reserve_nodes
 from .multibyte_output import MultibyteGenerateOutput, Step, by_step
 from .next_byte import PREFIX_FREE, GrowingRows, NextByte, NodeDraws, TypicalAcceptance
+from .tree_verifier import Frontier, TreeVerifier
 
 # The most probable byte is taken more often than its probability says, so drafts may bet on it. Chosen between 0.5 and
 # 0.7, which brought more bytes per forward than 1.0 at 8, 16 and 64 nodes with the bundled model on the texts of
@@ -74,6 +75,7 @@ def multibyte_decoding(
         model, GrowingRows(input_ids, stopping_criteria), next_byte, generation_config, drafter, typical, streamer
     )
     run.trace = [[] for _ in input_ids] if return_trace else None
+    model._reserve_for_trees(model_kwargs.get("past_key_values"), drafter)
     run.prefill(input_ids, model_kwargs)
     while model._has_unfinished_sequences(not run.rows.active, synced_gpus, device=input_ids.device):
         run.step()
@@ -133,7 +135,8 @@ class _Run:
         self.next_byte = next_byte
         self.in_batch = list(range(len(rows.texts)))  # numbers of the rows that the model still carries
         self.trace: list[list[Step]] | None = None
-        self.head_logits: Tensor  # [B, heads, vocab] where the last walk ended, of the heads that look beyond its byte
+        self.logits: Tensor  # [B, T, heads, vocab] at the nodes of the last trees
+        self.last_nodes: list[int]  # per row in the batch, where the last walk ended
         self.steps_of_row: list[list[int]] = []  # per forward, bytes per row
         self.scores: list[list[Tensor]] | None = None
         self.raw_logits: list[list[Tensor]] | None = None
@@ -149,7 +152,8 @@ class _Run:
         outputs = self.model._prefill(
             input_ids, self.generation_config, {**model_kwargs, "return_all_pred_logits": True}
         )
-        self.cache = self.model._cache_for_trees(outputs.past_key_values, model_kwargs.get("attention_mask"))
+        cache = self.model._cache_for_trees(outputs.past_key_values, model_kwargs.get("attention_mask"))
+        self.verifier: TreeVerifier = self.model._tree_verifier(cache, self.drafter, self.generation_config)
         device = outputs.logits.device
         lone_roots = DraftTrees(
             torch.zeros(len(self.in_batch), 1, dtype=torch.int64, device=device),
@@ -160,49 +164,25 @@ class _Run:
 
     def step(self) -> None:
         """Draft, verify, commit."""
-        trees = self._draft()
-        logits = self._verify(trees)
-        self._commit(self._walk(trees, logits))
+        trees, logits = self.verifier.step(self._frontier())
+        self.verifier.commit(KeptPaths(self._walk(trees, logits)))
 
-    def _draft(self) -> DraftTrees:
-        """One tree for every row in the batch."""
-        texts = [self.rows.texts[row] for row in self.in_batch]
+    def _frontier(self) -> Frontier:
         temperature = GREEDY_DRAFT_TEMPERATURE
         if self.next_byte.do_sample:
             temperature = float(self.generation_config.temperature or 1.0)
-        return self.drafter.draft(
-            DraftContext(
-                root=torch.tensor([text[-1] for text in texts], device=self.head_logits.device),
-                head_logits=self.head_logits,
-                texts=texts,
-                rows=self.in_batch,
-                temperature=temperature,
-                cache=self.cache,
-            )
-        )
-
-    def _verify(self, trees: DraftTrees) -> Tensor:
-        """Logits float32 [B, T, heads, vocab] at all nodes, in one forward."""
-        outputs = self.model(
-            input_ids=trees.ids,
-            draft_tree=DraftTree.from_mask(trees.mask, trees.max_depth),
-            past_key_values=self.cache,
-            return_all_pred_logits=True,
-        )
-        return outputs.logits.float()
+        texts = [self.rows.texts[row] for row in self.in_batch]
+        return Frontier(self.logits, self.last_nodes, texts, self.in_batch, temperature)
 
     def drop_finished_rows(self) -> None:
         """Let rows that have ended leave the batch, once they are a quarter of it: each goes on costing a forward."""
         staying = [place for place, row in enumerate(self.in_batch) if not self.rows.finished[row]]
-        if not staying or 4 * len(staying) > 3 * len(self.in_batch):
+        if not self.verifier.rows_may_leave or not staying or 4 * len(staying) > 3 * len(self.in_batch):
             return
-        self.cache.batch_select_indices(torch.tensor(staying))
-        self.head_logits = self.head_logits[staying]
+        self.verifier.select_rows(staying)
+        self.logits = self.logits[staying]
+        self.last_nodes = [self.last_nodes[place] for place in staying]
         self.in_batch = [self.in_batch[place] for place in staying]
-
-    def _commit(self, paths: list[list[int]]) -> None:
-        """Keep in the cache the nodes at which a byte was emitted: what was read, not what was emitted last."""
-        self.model._commit_paths(self.cache, KeptPaths(paths))
 
     # -- the walk ------------------------------------------------------------------------------------------------------
 
@@ -219,8 +199,7 @@ class _Run:
             paths = self._walk_at_once(trees, logits[:, :, 0])
         else:
             paths = self._walk_byte_by_byte(trees, logits[:, :, 0])
-        last = torch.tensor([path[-1] if path else 0 for path in paths], device=logits.device)
-        self.head_logits = logits[torch.arange(len(paths), device=logits.device), last, 1:]
+        self.logits, self.last_nodes = logits, [path[-1] if path else 0 for path in paths]
         self._note(trees, paths)
         return paths
 
@@ -323,13 +302,14 @@ class _Run:
         if self.streamer is not None:
             self.streamer.end()
         sequences = self.rows.padded(self.generation_config._pad_token_tensor)
+        cache = self.verifier.finish()
         lengths = torch.tensor(self.steps_of_row).T
         if self.generation_config.return_dict_in_generate:
             return MultibyteGenerateOutput(
                 sequences=sequences,
                 scores=by_step(self.scores),
                 logits=by_step(self.raw_logits),
-                past_key_values=self.model._cache_after_trees(self.cache),
+                past_key_values=cache,
                 acc_lengths=lengths,
                 trace=self.trace,
             )
@@ -449,6 +429,14 @@ class MultibyteGenerationMixin:
         depth = self.config.num_pred_heads - 1  # type: ignore[attr-defined]
         return make_drafter(name or "dynamic", depth, self.device, batch, nodes)  # type: ignore[attr-defined]
 
+    def _reserve_for_trees(self, cache: Cache | None, drafter: Drafter) -> None:
+        """Make room for a drafter's trees in a cache of fixed size that does not hold the prompts yet."""
+        reserve_nodes(cache, tree_bounds(drafter).nodes)
+
+    def _tree_verifier(self, cache: Cache, drafter: Drafter, generation_config: GenerationConfig) -> TreeVerifier:
+        """What drafts and verifies trees against `_cache_for_trees`'s cache."""
+        return TreeVerifier(self, cache, drafter)
+
     def _cache_for_trees(self, cache: Cache, attention_mask: Tensor | None) -> Cache:
         """The cache that trees are verified against, made of the one that holds the prompts."""
         return cache
@@ -459,7 +447,7 @@ class MultibyteGenerationMixin:
             layer.commit(kept)
 
     def _cache_after_trees(self, cache: Cache) -> Cache | None:
-        """The cache to return, for further calls of the model or `generate`."""
+        """The cache to return, for further calls of the model or `generate`, made of `_cache_for_trees`'s."""
         return cache
 
     # -- what `generate` asks of a model with a decoding method of its own ---------------------------------------------
