@@ -195,7 +195,7 @@ class EvaBytePreTrainedModel(SelfContainedMixin, PreTrainedModel):
 
         Raises:
             ValueError: for missing weights and weights of another shape; `ignore_mismatched_sizes=True` accepts them as
-                newly initialised.
+                newly initialised, `output_loading_info=True` returns the names of the missing ones instead.
             OSError: when a safetensors file is damaged or cut short.
         """
         accept = kwargs.pop("ignore_mismatched_sizes", False)
@@ -208,7 +208,7 @@ class EvaBytePreTrainedModel(SelfContainedMixin, PreTrainedModel):
                 f"A safetensors file of {pretrained_model_name_or_path} is damaged or cut short ({error}); copy or "
                 "download the folder again."
             ) from error
-        misfits = [f"{name} (missing)" for name in sorted(info["missing_keys"])]
+        misfits = [] if wants_info else [f"{name} (missing)" for name in sorted(info["missing_keys"])]
         misfits += [
             f"{name} (shape {tuple(found)}, expected {tuple(expected)})"
             for name, found, expected in sorted(info["mismatched_keys"])
@@ -491,6 +491,21 @@ class EvaByteForCausalLM(
             "attention keeps summaries of chunks. Use `generate` or `multi_byte_generate` with a padded batch and an "
             "`attention_mask`."
         )
+
+    def _get_resized_lm_head(
+        self, old_lm_head: nn.Linear, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Linear:
+        """The rows of each prediction head resized as transformers resizes an output layer that has one."""
+        if new_num_tokens is None or self.config.num_pred_heads == 1:
+            return super()._get_resized_lm_head(old_lm_head, new_num_tokens, *args, **kwargs)
+        resized, width = [], old_lm_head.in_features
+        for weight in old_lm_head.weight.detach().chunk(self.config.num_pred_heads):
+            head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
+            head.weight = nn.Parameter(weight)
+            resized.append(super()._get_resized_lm_head(head, new_num_tokens, *args, **kwargs).weight.detach())
+        heads = nn.Linear(width, len(resized) * new_num_tokens, bias=False, device="meta")
+        heads.weight = nn.Parameter(torch.cat(resized))
+        return heads
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:
         shape = tuple(input_shape[:2])

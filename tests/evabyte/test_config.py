@@ -54,12 +54,13 @@ PUBLISHED = {
 
 
 def test_published_config_is_taken_and_kept(tmp_path):
-    config = EvaByteConfig(**PUBLISHED)
+    config = EvaByteConfig.from_dict(dict(PUBLISHED))
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000}
     assert config.return_dict is True  # the published models return output classes all the same
     converted = {"_name_or_path", "return_dict", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version"}
     for name in PUBLISHED.keys() - converted:
         assert getattr(config, name) == PUBLISHED[name], name
+    assert EvaByteConfig(return_dict=False).return_dict is False
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, EvaByteConfig)

@@ -123,6 +123,8 @@ def test_missing_weights(small_folder):
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.adaptive_phi \(missing\)"):
         AutoModelForCausalLM.from_pretrained(small_folder)
     AutoModelForCausalLM.from_pretrained(small_folder, ignore_mismatched_sizes=True)
+    _, info = AutoModelForCausalLM.from_pretrained(small_folder, output_loading_info=True)
+    assert info["missing_keys"] == {"model.layers.1.self_attn.adaptive_phi"}
 
 
 def test_misshapen_weights(small_folder):
