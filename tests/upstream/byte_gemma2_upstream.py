@@ -2,10 +2,13 @@
 
 import unittest
 
+from auto_names import declare
 from small_expansion import expansion_fields
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 
 from byte_llama import ByteGemma2Config, ByteGemma2ForCausalLM, ByteGemma2Model
+
+declare("byte_gemma2", ByteGemma2Model, ByteGemma2ForCausalLM)
 
 
 class ByteGemma2ModelTester(CausalLMModelTester):

@@ -2,10 +2,13 @@
 
 import unittest
 
+from auto_names import declare
 from small_expansion import expansion_fields
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 
 from byte_llama import ByteLlamaConfig, ByteLlamaForCausalLM, ByteLlamaModel
+
+declare("byte_llama", ByteLlamaModel, ByteLlamaForCausalLM)
 
 
 class ByteLlamaModelTester(CausalLMModelTester):

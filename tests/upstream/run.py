@@ -32,40 +32,32 @@ from sources import provenance, tests_of
 
 
 class Report:
-    """Marks the listed tests as failing ones and counts the outcomes, by model."""
+    """Collects the outcome of every test, by model; a test fails when one of its subtests does."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, dict[str, str]] = {}
-        self.collected: set[tuple[str, str]] = set()
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            model, name = model_and_test(item.nodeid)
-            self.collected.add((model, name))
-            reason = EXPECTED_FAILURES.get(model, {}).get(name)
-            if reason:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         model, name = model_and_test(report.nodeid)
-        outcome = "listed" if report.skipped and hasattr(report, "wasxfail") else report.outcome
-        if report.when == "call" or outcome != "passed":
-            self.outcomes.setdefault(model, {})[name] = outcome
+        outcomes = self.outcomes.setdefault(model, {})
+        if outcomes.get(name) != "failed" and (report.when == "call" or report.outcome != "passed"):
+            outcomes[name] = report.outcome
 
-    def unknown(self, models: list[str]) -> list[str]:
-        """Listed tests that the suite does not have."""
-        return [
-            f"{model}: {name}"
-            for model in models
-            for name in EXPECTED_FAILURES.get(model, {})
-            if (model, name) not in self.collected
-        ]
+    def named(self, model: str, outcome: str) -> set[str]:
+        return {name for name, seen in self.outcomes.get(model, {}).items() if seen == outcome}
+
+    def unlisted(self, model: str) -> list[str]:
+        """Tests that fail and should not."""
+        return sorted(self.named(model, "failed") - EXPECTED_FAILURES.get(model, {}).keys())
+
+    def outdated(self, model: str) -> list[str]:
+        """Listed tests that do not fail."""
+        return sorted(EXPECTED_FAILURES.get(model, {}).keys() - self.named(model, "failed"))
 
     def counts(self, model: str) -> dict[str, object]:
-        outcomes = self.outcomes.get(model, {})
-        names = {kind: sorted(n for n, o in outcomes.items() if o == kind) for kind in ("failed", "listed")}
-        numbers = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "skipped")}
-        return {**numbers, **names}
+        listed = sorted(self.named(model, "failed") & EXPECTED_FAILURES.get(model, {}).keys())
+        numbers = {outcome: len(self.named(model, outcome)) for outcome in ("passed", "skipped")}
+        return {**numbers, "listed": listed, "failed": self.unlisted(model)}
 
 
 def model_and_test(nodeid: str) -> tuple[str, str]:
@@ -101,19 +93,20 @@ def main() -> int:
     files = [str(HERE / f"{model}_upstream.py") for model in models]
     # Their markers are none of ours, and all of their tests are wanted.
     options = ["--rootdir", str(ROOT), "-o", "addopts=", "-p", "no:cacheprovider", "-q", *pytest_arguments]
-    status = int(pytest.main([*files, *options], plugins=[report]))
+    status = pytest.main([*files, *options], plugins=[report])
+    narrowed = bool(pytest_arguments)
+    faults = [f"{model} fails {name}" for model in models for name in report.unlisted(model)]
+    if not narrowed:
+        faults += [f"{model} does not fail the listed {name}" for model in models for name in report.outdated(model)]
     for model in models:
         counts = {kind: n if isinstance(n, int) else len(n) for kind, n in report.counts(model).items()}
         print(f"{model} on transformers {transformers.__version__}:", counts)
-    narrowed = bool(pytest_arguments)
-    unknown = [] if narrowed else report.unknown(models)
-    if unknown:
-        print("listed in expected_failures.py but not in the suite:", *unknown, sep="\n  ")
+    print(*faults, sep="\n")
     if arguments.save and narrowed:
         sys.exit("--save keeps the counts of a whole run only: leave out the arguments for pytest")
     if arguments.save:
         keep(report, models, provenance(sources))
-    return status or int(bool(unknown))
+    return int(bool(faults) or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ PyPI's source distribution has the common tests but lacks the folders they impor
 distribution is laid over a checkout of a release near by, which the user names.
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-PLACEHOLDER = '''\
+PLACEHOLDER = """\
 import unittest
 
 
@@ -23,7 +24,7 @@ def __getattr__(name):
         raise unittest.SkipTest(f"{__name__}.{name} is neither in the source distribution nor in the checkout")
 
     return absent
-'''
+"""
 CACHE = Path(__file__).resolve().parents[2] / ".upstream"
 ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{version}.tar.gz"
 WANTED = ("tests/", "utils/test_module/")  # the tests, and a module that they import
@@ -53,7 +54,17 @@ def tests_of(version: str, checkout: Path | None) -> Path:
                 over_checkout(version, checkout, incomplete)
             shutil.rmtree(folder, ignore_errors=True)
             incomplete.rename(folder)
+    link_installed(folder)
     return folder
+
+
+def link_installed(folder: Path) -> None:
+    """The tests reload transformers from `src` beside them: let that be the installed one, not a second copy."""
+    installed = Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    link = folder / "src/transformers"
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(installed, target_is_directory=True)
 
 
 def provenance(folder: Path) -> str:
@@ -109,4 +120,3 @@ def unpack_tests(archive: Path, folder: Path) -> None:
             if name.startswith(WANTED) and not name.startswith(("tests/models/", "tests/fixtures/")):
                 member.name = name
                 tar.extract(member, folder, filter="data")
-
