@@ -344,7 +344,9 @@ class EvaByteModel(EvaBytePreTrainedModel):
         past, slots = None, 0
         if past_key_values is not None:
             layers = eva_layers(past_key_values, self.config.num_hidden_layers)
-            past, slots = layers[0].lengths or None, layers[0].slots
+            # A stage of a pipeline fills the layers that it runs.
+            filled = next((layer for layer in layers if layer.lengths), layers[0])
+            past, slots = filled.lengths or None, filled.slots
             if past is not None and len(past) != batch:
                 raise ValueError(f"`past_key_values` holds {len(past)} rows, the input has {batch}.")
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
