@@ -3,8 +3,10 @@
 Importing the package makes the architecture known to transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-from transformers.utils import is_vision_available
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+# Without Pillow (before transformers 5.23 without torchvision, too) the name in `transformers` only raises.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .byte_streamer import ByteIteratorStreamer, ByteStreamer
 from .configuration_evabyte import EvaByteConfig
@@ -21,12 +23,11 @@ AutoModel.register(EvaByteConfig, EvaByteModel, exist_ok=True)
 AutoModelForCausalLM.register(EvaByteConfig, EvaByteForCausalLM, exist_ok=True)
 AutoTokenizer.register(EvaByteConfig, fast_tokenizer_class=EvaByteTokenizer, exist_ok=True)
 AutoProcessor.register(EvaByteConfig, EvaByteProcessor, exist_ok=True)
-if is_vision_available():  # without Pillow, AutoImageProcessor is a stand-in that only raises
-    AutoImageProcessor.register(
-        EvaByteConfig,
-        image_processor_classes={"pil": EvaByteImageProcessor, "torchvision": EvaByteImageProcessor},
-        exist_ok=True,
-    )
+AutoImageProcessor.register(
+    EvaByteConfig,
+    image_processor_classes={"pil": EvaByteImageProcessor, "torchvision": EvaByteImageProcessor},
+    exist_ok=True,
+)
 
 __all__ = [
     "ByteIteratorStreamer",

@@ -15,7 +15,8 @@ import torch
 from goldens_io import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from evabyte import EvaByteImageProcessor, EvaByteProcessor, EvaByteTokenizer
 from evabyte.image_processing_evabyte import fitted_size
@@ -555,7 +556,8 @@ class NotInstalled(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NotInstalled())
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 folder, again = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
