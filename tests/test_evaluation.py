@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from functools import cache
 
@@ -225,3 +226,17 @@ def test_tasks_of_the_harness(saved, capsys):
     find_tasks(CARD)
     assert main(["eval", "/no/such/model", "--tasks", "mmlu", "no_such_task"]) == 2
     assert "there is no task no_such_task" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_harness_own_command(saved, folder, tmp_path):
+    """`lm_eval --model hf` on a folder that brings its code, with multibyte decoding by an argument of the call."""
+    words = ["--model", "hf", "--model_args", f"pretrained={saved},trust_remote_code=True,dtype=float32"]
+    words += ["--tasks", ",".join(TASKS[:2]), "--include_path", str(folder), "--device", "cpu", "--batch_size", "3"]
+    words += ["--gen_kwargs", f"multibyte=True,max_gen_toks={4 * TOKENS}", "--log_samples", "--output_path", "out"]
+    done = subprocess.run([sys.executable, "-m", "lm_eval", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("out/**/samples_little_writing_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {sample["doc"]["text"]: sample["resps"][0][0] for sample in samples}
+    assert found == {question["text"]: written("EvaByte", question["text"]) for question in QUESTIONS}
