@@ -74,6 +74,7 @@ def multibyte_decoding(
     run = _Run(
         model, GrowingRows(input_ids, stopping_criteria), next_byte, generation_config, drafter, typical, streamer
     )
+    run.cache_leaves = cache_leaves
     run.trace = [[] for _ in input_ids] if return_trace else None
     model._reserve_for_trees(model_kwargs.get("past_key_values"), drafter)
     run.prefill(input_ids, model_kwargs)
@@ -134,6 +135,7 @@ class _Run:
         self.rows = rows
         self.next_byte = next_byte
         self.in_batch = list(range(len(rows.texts)))  # numbers of the rows that the model still carries
+        self.cache_leaves = True  # the caller has it or gets it
         self.trace: list[list[Step]] | None = None
         self.logits: Tensor  # [B, T, heads, vocab] at the nodes of the last trees
         self.last_nodes: list[int]  # per row in the batch, where the last walk ended
@@ -302,7 +304,7 @@ class _Run:
         if self.streamer is not None:
             self.streamer.end()
         sequences = self.rows.padded(self.generation_config._pad_token_tensor)
-        cache = self.verifier.finish()
+        cache = self.verifier.finish() if self.cache_leaves else None
         lengths = torch.tensor(self.steps_of_row).T
         if self.generation_config.return_dict_in_generate:
             return MultibyteGenerateOutput(

@@ -20,8 +20,14 @@ from measure import HELDOUT, finish, provenance, spread, synchronize
 from evabyte import EvaByteForCausalLM, EvaByteTokenizer
 from evabyte.bundled import bundled_checkpoint
 from evabyte.multibyte_generation import _Run
+from evabyte.tree_verifier import TreeVerifier
 
-PARTS = {"draft": "_draft", "forward": "_verify", "walk": "_walk", "commit": "_commit"}
+PARTS = {
+    "draft": (TreeVerifier, "draft"),
+    "forward": (TreeVerifier, "verify"),
+    "walk": (_Run, "_walk"),
+    "commit": (TreeVerifier, "commit"),
+}
 
 
 class Stopwatch:
@@ -47,17 +53,18 @@ class Stopwatch:
 def profile(model: EvaByteForCausalLM, prompt: torch.Tensor, draft: str, nodes: int | None, new_bytes: int) -> dict:
     """Milliseconds per step of every part, for one greedy run."""
     stopwatch = Stopwatch(model.device)
-    originals = {method: getattr(_Run, method) for method in (*PARTS.values(), "step")}
+    parts = {**PARTS, "step": (_Run, "step")}
+    originals = {part: getattr(owner, method) for part, (owner, method) in parts.items()}
     try:
-        for part, method in {**PARTS, "step": "step"}.items():
-            setattr(_Run, method, stopwatch.wrap(part, originals[method]))
+        for part, (owner, method) in parts.items():
+            setattr(owner, method, stopwatch.wrap(part, originals[part]))
         arguments: dict[str, Any] = {"draft": draft, "draft_nodes": nodes, "max_new_tokens": new_bytes}
         _, lengths = model.multi_byte_generate(
             prompt, do_sample=False, eos_token_id=None, return_acc_lengths=True, **arguments
         )
     finally:
-        for method, original in originals.items():
-            setattr(_Run, method, original)
+        for part, (owner, method) in parts.items():
+            setattr(owner, method, originals[part])
     steps = lengths.shape[1] - 1
     return {part: 1000 * seconds / steps for part, seconds in stopwatch.seconds.items()} | {"steps": steps}
 
