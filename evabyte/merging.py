@@ -4,7 +4,6 @@ EvaByte's base model was made so, from two annealing runs. No model is built and
 averaged in blocks, so that memory stays the same however large the checkpoints are.
 """
 
-import json
 import math
 import os
 import re
@@ -12,17 +11,14 @@ import reprlib
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import get_local_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .checkpoint import INDEX, Checkpoint, check_output
 
 BLOCK = 2**18  # numbers averaged at a time: few enough for a core's cache
 
-_INDEX = "model.safetensors.index.json"
 # By safetensors' names. Any other format is quantised: its numbers mean nothing without their scales.
 _AVERAGED = {"F64", "F32", "F16", "BF16"}
 _MUST_BE_EQUAL = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
@@ -37,47 +33,6 @@ _COPIED = (
     *("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template.*", "*.model", "*.py", "LICENSE*", "NOTICE*"),
 )
-
-
-class _Checkpoint:
-    """The weights of a folder, open for reading, and its configuration.
-
-    Attributes:
-        files: header of each safetensors file, by file name.
-        sharded: whether there is an index that lists the files.
-        tensors: dtype and shape of each tensor, by tensor name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a checkpoint: there is no config.json. Name a folder as `save_pretrained` writes it; "
-                "download one from the Hub first, and merge an adapter into its model."
-            )
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        try:
-            metadata = get_local_safetensors_metadata(folder)
-            self.files, self.sharded = metadata.files_metadata, metadata.sharded
-            readers = {file: safe_open(folder / file, "pt") for file in self.files}
-        except NotASafetensorsRepoError as error:
-            raise FileNotFoundError(
-                f"{folder} has no safetensors weights: load it with `from_pretrained`, and save it again with "
-                "`save_pretrained`."
-            ) from error
-        except (SafetensorsParsingError, SafetensorError) as error:
-            raise OSError(
-                f"A safetensors file of {folder} is damaged or cut short ({error}): copy or download it again."
-            ) from error
-        held = {name: file for file, header in self.files.items() for name in header.tensors}
-        if held != metadata.weight_map or any(Path(file).name != file for file in self.files):
-            raise ValueError(f"{folder / _INDEX} does not fit the files beside it: copy or download the folder again.")
-        self.tensors = {name: self.files[file].tensors[name] for name, file in held.items()}
-        self._readers = {name: readers[file] for name, file in held.items()}
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, flattened; mapped from the file, so that only what is looked at is read."""
-        return self._readers[name].get_tensor(name).flatten()
 
 
 def merge_checkpoints(
@@ -106,14 +61,11 @@ def merge_checkpoints(
             tensors, or in an integer tensor; or they are quantised.
     """
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"`output` {output} is a file: name a folder.")
-    if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"`output` {output} is not empty: name another folder.")
+    check_output(output)
     if len(folders) < 2:
         raise ValueError(f"`folders` must name at least two checkpoints, got {len(folders)}.")
     weights = _check_weights(weights, len(folders), normalize)
-    checkpoints = [_Checkpoint(Path(folder)) for folder in folders]
+    checkpoints = [Checkpoint(Path(folder)) for folder in folders]
     first, *others = checkpoints
     for other in others:
         _check_configs(first, other)
@@ -125,7 +77,7 @@ def merge_checkpoints(
         _write_average(file, checkpoints, weights, output)
     # The configuration comes last: without it, what an interruption leaves behind is no model.
     if first.sharded:
-        shutil.copy(first.folder / _INDEX, output)
+        shutil.copy(first.folder / INDEX, output)
     _write_card(checkpoints, weights, output)
     for pattern in _COPIED:
         for path in first.folder.glob(pattern):
@@ -147,7 +99,7 @@ def _check_weights(weights: Sequence[float] | None, count: int, normalize: bool)
     return list(weights)
 
 
-def _check_configs(first: _Checkpoint, other: _Checkpoint) -> None:
+def _check_configs(first: Checkpoint, other: Checkpoint) -> None:
     # Releases of transformers differ in what they write: a key that one of the two lacks tells nothing.
     common = first.config.keys() & other.config.keys() - _FREE_TO_DIFFER
     differing = [
@@ -159,7 +111,7 @@ def _check_configs(first: _Checkpoint, other: _Checkpoint) -> None:
         raise ValueError(f"{first.folder} and {other.folder} are of different architectures: {_some(differing)}.")
 
 
-def _check_tensors(first: _Checkpoint, other: _Checkpoint) -> None:
+def _check_tensors(first: Checkpoint, other: Checkpoint) -> None:
     """Check names, shapes and dtypes."""
     for one, two in ((first, other), (other, first)):
         missing = sorted(one.tensors.keys() - two.tensors.keys())
@@ -182,7 +134,7 @@ def _check_tensors(first: _Checkpoint, other: _Checkpoint) -> None:
         raise ValueError(f"{first.folder} is quantised, so has no average: {_some(unknown)}. Merge the originals.")
 
 
-def _check_integers(first: _Checkpoint, other: _Checkpoint) -> None:
+def _check_integers(first: Checkpoint, other: Checkpoint) -> None:
     differing = [
         name
         for name, tensor in sorted(first.tensors.items())
@@ -195,7 +147,7 @@ def _check_integers(first: _Checkpoint, other: _Checkpoint) -> None:
         )
 
 
-def _differing(first: _Checkpoint, other: _Checkpoint, fact: str) -> list[str]:
+def _differing(first: Checkpoint, other: Checkpoint, fact: str) -> list[str]:
     """The tensors of which a fact, "shape" or "dtype", is not the same in two checkpoints; with what it is in each."""
     pairs = (
         (name, getattr(tensor, fact), getattr(other.tensors[name], fact)) for name, tensor in first.tensors.items()
@@ -224,7 +176,7 @@ def _average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[Te
         yield average.to(dtype)
 
 
-def _write_average(file: str, checkpoints: Sequence[_Checkpoint], weights: Sequence[float], output: Path) -> None:
+def _write_average(file: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float], output: Path) -> None:
     """Write one safetensors file like the first checkpoint's, tensor by tensor.
 
     Names, dtypes and shapes are the same, so the header is, too: 8 bytes, the length of the json that follows. Then
@@ -242,7 +194,7 @@ def _write_average(file: str, checkpoints: Sequence[_Checkpoint], weights: Seque
                 target.write(block.view(torch.uint8).numpy().data)
 
 
-def _write_card(checkpoints: Sequence[_Checkpoint], weights: Sequence[float], output: Path) -> None:
+def _write_card(checkpoints: Sequence[Checkpoint], weights: Sequence[float], output: Path) -> None:
     """The first checkpoint's card, with a note on top of what was merged."""
     # Folders by their names only: a path would tell strangers about a machine, and nothing about the model.
     parts = [

@@ -1,4 +1,4 @@
-"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge`, `bpb`, `eval` and `serve`.
+"""The command line: `evabyte generate`, `chat`, `info`, `demo`, `merge`, `export`, `bpb`, `eval` and `serve`.
 
 This file knows the options; what a command does is in the module `<command>`, imported when it runs.
 """
@@ -153,6 +153,16 @@ def build_parser() -> argparse.ArgumentParser:
         default=240,
         help="bytes to write at most (default: %(default)s)",
     )
+    export = commands.add_parser(
+        "export",
+        help="a published folder with today's code in it",
+        description="Write a folder with the weights of a published one, and code, configuration and tokenizer that "
+        "transformers 5 loads. Weight files are hard links where the file system can.",
+    )
+    export.add_argument("model", metavar="SOURCE", help="model folder or Hub id")
+    export.add_argument("output", metavar="OUT", help="folder to write, empty or not there")
+    export.add_argument("--copy", action="store_true", help="copy the weight files")
+    export.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
     merge = commands.add_parser(
         "merge",
         help="average checkpoints of one architecture",
