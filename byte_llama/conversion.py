@@ -263,7 +263,7 @@ def _with_bytes(
         **{f"{role}_id": getattr(generation, f"{role}_id") for role in _ROLES},
     )
     for number in getattr(config, "eva_layer_numbers", ()):  # zero is where the summaries' vectors begin
-        shape = (1, config.num_key_value_heads, 1, 1, config.head_dim)
+        shape = (config.num_key_value_heads, config.head_dim)
         for name in ("adaptive_mu_k", "adaptive_phi"):
             weights[f"model.layers.{number}.self_attn.summary.{name}"] = inputs.new_zeros(shape)
     dtype = inputs.dtype if dtype == "auto" else dtype

@@ -4,9 +4,9 @@ The operator is EvaByte's (see `eva_math.py`), over the same query, key, value a
 Llama can be taken over and trained on. Windows and chunks are counted from each row's own first token.
 
 Grouped heads: a summary is one more key and value, so there is one per key-value head, shared by the query heads of its
-group as any other key is, and the two learned vectors are each key-value head's, [1, H_kv, 1, 1, D]. Vectors of each
-query head would give as many summaries as there are query heads, and undo what grouping saves in the cache. Both start
-at zero: a summary key is then the mean of its chunk's keys, and a summary value their mean by exp(-scale |k|^2 / 2).
+group as any other key is, and the two learned vectors are each key-value head's. Vectors of each query head would give
+as many summaries as there are query heads, and undo what grouping saves in the cache. Both start at zero: a summary key
+is then the mean of its chunk's keys, and a summary value that of its values, weighted by exp(-scale |k|^2 / 2).
 """
 
 from dataclasses import fields
@@ -31,15 +31,16 @@ from .configuration_byte_llama import ByteLlamaConfig
 
 
 class SummaryVectors(nn.Module):
-    """The learned vectors of one layer's chunk summaries, [1, H_kv, 1, 1, D] each; calling it gives mu and phi.
+    """The learned vectors of one layer's chunk summaries, [H_kv, D] each; calling it gives mu and phi.
 
-    A module, since adapters train further modules by name, not parameters.
+    A module, since adapters train further modules by name, not parameters; and heads first, so that shards are of heads
+    (of EvaByte's [1, H, 1, 1, D] one process would have all).
     """
 
     def __init__(self, num_key_value_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.adaptive_mu_k = nn.Parameter(torch.zeros(1, num_key_value_heads, 1, 1, head_dim))
-        self.adaptive_phi = nn.Parameter(torch.zeros(1, num_key_value_heads, 1, 1, head_dim))
+        self.adaptive_mu_k = nn.Parameter(torch.zeros(num_key_value_heads, head_dim))
+        self.adaptive_phi = nn.Parameter(torch.zeros(num_key_value_heads, head_dim))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.adaptive_mu_k, self.adaptive_phi
@@ -77,7 +78,7 @@ class EvaLlamaAttention(LlamaAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         (mu, phi), backend = self.summary(), self._backend(query)
         # The operator takes as many key heads as query heads; the cache keeps, and summarises, each only once.
-        mus, phis = (vector.repeat_interleave(self.num_key_value_groups, dim=1) for vector in (mu, phi))
+        mus, phis = (vector.repeat_interleave(self.num_key_value_groups, dim=0) for vector in (mu, phi))
         if past_key_values is None:
             output = layout_attention(query, self._repeat(key), self._repeat(value), mus, phis, eva_layout, backend)
         else:

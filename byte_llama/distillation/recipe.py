@@ -193,6 +193,11 @@ def _load_student(recipe: Recipe) -> Any:
     if eva and not hasattr(AutoConfig.from_pretrained(recipe.student), "eva_layers"):
         raise ValueError(f"`eva_layers` go with a byte-level Llama as the student, which {recipe.student} is not.")
     student = AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32, **eva)
+    for module in student.modules():
+        # Under FSDP what a checkpoint lacks is initialised by the first process alone, and is to be sent to the others;
+        # but accelerate tells parameters apart by their memory, of which these would have none.
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=student.lm_head.weight.device, recurse=False)
     if recipe.num_pred_heads > 1 and len(student.draft_heads) + 1 != recipe.num_pred_heads:
         student.add_prediction_heads(recipe.num_pred_heads, recipe.head_kind)
     if recipe.freeze_trunk:

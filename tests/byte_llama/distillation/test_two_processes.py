@@ -35,7 +35,7 @@ def on_two(recipe_file, log, resume="anew", teacher_sharded=False):
     done = subprocess.run(
         [*command, SCRIPT, recipe_file, log, resume], capture_output=True, text=True, env=environment, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-40000:]
     result = json.loads(log.read_text())
     assert result["sharded"] and result["teacher_sharded"] == teacher_sharded
     return result["history"]
