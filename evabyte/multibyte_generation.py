@@ -403,7 +403,7 @@ class MultibyteGenerationMixin:
             **kwargs: as in `generate`; with `multibyte=True` also those of `multi_byte_generate`.
 
         Raises:
-            ValueError: `multibyte=True` for what multibyte decoding does not do.
+            ValueError: `multibyte=True` for what multibyte decoding does not do; the generation config's is no bool.
         """
         if kwargs.get("custom_generate") is None and (
             multibyte or (multibyte is None and self._goes_by_multibyte(generation_config, kwargs))
@@ -414,7 +414,10 @@ class MultibyteGenerationMixin:
     def _goes_by_multibyte(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
         """Whether the generation config asks for multibyte decoding, of a call that it can stand in for."""
         own = self.generation_config  # type: ignore[attr-defined]
-        if not getattr(generation_config, "multibyte", getattr(own, "multibyte", False)):
+        asked = getattr(generation_config, "multibyte", getattr(own, "multibyte", False))
+        if not isinstance(asked, bool):
+            raise ValueError(f"`multibyte` in the generation config must be true or false, got {asked!r}.")
+        if not asked:
             return False
         config, _ = self._prepare_generation_config(generation_config, **kwargs)  # type: ignore[attr-defined]
         return (
@@ -423,6 +426,13 @@ class MultibyteGenerationMixin:
             and config.use_cache is not False
             and not getattr(config, "is_assistant", False)
         )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `generation_config.multibyte` is kept."""
+        config = self.generation_config  # type: ignore[attr-defined]
+        if hasattr(config, "multibyte"):
+            config._from_model_config = False  # else transformers, when it reads the file, drops fields not its own
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     # -- what the loop asks of a model ---------------------------------------------------------------------------------
 
