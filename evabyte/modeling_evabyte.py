@@ -384,7 +384,7 @@ class EvaByteCausalLMOutput(CausalLMOutputWithPast):
 
 
 class EvaByteForCausalLM(
-    StaticGenerationMixin, FusedHeadGuard, EvaBytePreTrainedModel, MultibyteGenerationMixin, GenerationMixin
+    StaticGenerationMixin, FusedHeadGuard, MultibyteGenerationMixin, EvaBytePreTrainedModel, GenerationMixin
 ):
     """EvaByte with its prediction heads: head h at position t predicts the byte at t + 1 + h."""
 
