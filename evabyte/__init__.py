@@ -5,7 +5,7 @@ Importing the package makes the architecture known to transformers' Auto classes
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-# Without Pillow (before transformers 5.23 without torchvision, too) the name in `transformers` only raises.
+# Without Pillow, and in transformers 5.17 without torchvision, the name in `transformers` only raises.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .byte_streamer import ByteIteratorStreamer, ByteStreamer
