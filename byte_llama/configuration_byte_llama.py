@@ -1,5 +1,6 @@
 """Configurations of byte-level Llama and Gemma 2 models."""
 
+from copy import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -27,7 +28,7 @@ class SubwordExpansionConfig(PreTrainedConfig):
         expand_input_ids_vocab_size (`int`, *optional*): Number of subwords.
         expand_input_ids_dict (`list`, *optional*):
             The subwords, `[{"comma-joined byte ids + 1, newest first": subword id + 1}, [special ids]]`, as published
-            configurations carry it. It is never saved: a saved model has the table made from it among its weights.
+            configurations carry it. A saved model does without: it has the table made from it among its weights.
         expand_table_sizes (`dict`, *optional*): Sizes of that table; written by the model.
         num_pred_heads (`int`, *optional*, defaults to 1): Bytes predicted at each position, the next one included.
         pred_head_kind (`str`, *optional*, defaults to `"residual"`):
@@ -65,10 +66,18 @@ class SubwordExpansionConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the dictionary, whose place is among the weights."""
+        """As in transformers, without the dictionary once a model has it among its weights."""
         output = super().to_dict()
-        output.pop("expand_input_ids_dict", None)
+        if self.expand_table_sizes is not None:
+            output.pop("expand_input_ids_dict", None)
         return output
+
+    def __repr__(self) -> str:
+        if self.expand_input_ids_dict is None:
+            return super().__repr__()
+        shown = copy(self)
+        shown.expand_input_ids_dict = None  # too long to print
+        return repr(shown)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
@@ -63,8 +62,7 @@ class ExpandedInputsMixin:
         if not isinstance(module, SubwordExpansion):
             super()._init_weights(module)  # type: ignore[misc]
         elif module.table is not None:
-            for name, tensor in module.named_buffers():
-                init.copy_(tensor, torch.from_numpy(getattr(module.table, name)))
+            module.fill(module.table)
             module.table = None
         elif not all(tensor.is_meta or getattr(tensor, "_is_hf_initialized", False) for tensor in module.buffers()):
             raise ValueError(
@@ -150,7 +148,8 @@ class ExpandedGenerationMixin:
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         if self.config.expand_input_ids and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            inputs["token_mask"] = attention_mask[:, -new.shape[1] :]
+            # Copied, because the strides of a view grow with the mask, and compiled steps would never be the same.
+            inputs["token_mask"] = attention_mask[:, -new.shape[1] :].clone(memory_format=torch.contiguous_format)
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -106,6 +106,16 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
                 else:
                     parameter.zero_()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers, of every head."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
+        size = embeddings.weight.shape[0]
+        for head in self.draft_heads:
+            head.lm_head = self._get_resized_lm_head(head.lm_head, size, mean_resizing=mean_resizing)  # type: ignore[attr-defined]
+        return embeddings
+
     def freeze_trunk(self) -> None:
         """Let only the prediction heads beyond the model's own learn."""
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]

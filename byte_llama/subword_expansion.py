@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .subword_table import BUCKET_SHIFT, SLOT_SHIFT, SubwordTable
 
@@ -57,14 +58,18 @@ class SubwordExpansion(nn.Module):
         self.register_buffer("displacements", torch.zeros(sizes.buckets, dtype=torch.int32))
         self.register_buffer("edges", torch.full((sizes.slots,), -1, dtype=torch.int32))
         self.register_buffer("outputs", torch.zeros(sizes.slots + 1, dtype=torch.int32))
+        if table is not None:
+            self.fill(table)
 
     @classmethod
     def from_table(cls, table: SubwordTable) -> "SubwordExpansion":
         """A module outside a model, ready for use."""
-        module = cls(TableSizes.of(table))
-        for name, tensor in module.named_buffers():
-            tensor.copy_(torch.from_numpy(getattr(table, name)))
-        return module
+        return cls(TableSizes.of(table), table)
+
+    def fill(self, table: SubwordTable) -> None:
+        """Write the content of a table of these sizes into the buffers."""
+        for name, tensor in self.named_buffers():
+            init.copy_(tensor, torch.from_numpy(getattr(table, name)))
 
     def as_symbols(self, ids: Tensor, position_ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """Ids as symbols, int64 [B, N].

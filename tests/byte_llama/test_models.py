@@ -130,6 +130,32 @@ def test_more_byte_ids_than_the_table_knows():
     torch.testing.assert_close(logits[:12, : expected.shape[1]], expected)
 
 
+def test_every_head_is_resized():
+    model, ids = fresh_model(num_pred_heads=3), letters(1, 12)
+    before = model(ids, return_all_pred_logits=True).logits
+    model.resize_token_embeddings(model.config.vocab_size + 5)
+    after = model(ids, return_all_pred_logits=True).logits
+    torch.testing.assert_close(after[..., : before.shape[-1]], before)
+    assert after.shape == (*before.shape[:-1], before.shape[-1] + 5)
+
+
+def test_a_configuration_is_complete_until_a_model_has_its_dictionary(tmp_path):
+    original = fresh_model().config
+    config = ByteLlamaConfig(**{**original.to_dict(), "expand_table_sizes": None}, expand_input_ids_dict=dictionary())
+    config.save_pretrained(tmp_path)
+    again = ByteLlamaConfig.from_pretrained(tmp_path)
+    assert again.expand_input_ids_dict == config.expand_input_ids_dict and '"expand_input_ids_dict": null' in repr(again)
+    ByteLlamaModel(again).config.save_pretrained(tmp_path)
+    assert ByteLlamaConfig.from_pretrained(tmp_path).expand_input_ids_dict is None
+
+
+def test_compiled_steps_get_masks_of_one_layout():
+    model, ids = fresh_model(), letters(2, 9)
+    masks = [torch.ones(2, length, dtype=torch.int64) for length in (9, 10)]
+    given = [model.prepare_inputs_for_generation(ids[:, -1:], attention_mask=mask)["token_mask"] for mask in masks]
+    assert given[0].stride() == given[1].stride()
+
+
 def test_made_from_a_configuration():
     config = fresh_model().config
     for _ in range(2):  # the configuration keeps its dictionary
