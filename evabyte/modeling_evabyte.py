@@ -246,6 +246,7 @@ class EvaByteModel(EvaBytePreTrainedModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: EvaByteConfig) -> None:
+        config.validate_architecture()  # its fields may have been set since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(EvaByteDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
@@ -507,6 +508,7 @@ class EvaByteForCausalLM(
             resized.append(super()._get_resized_lm_head(head, new_num_tokens, *args, **kwargs).weight.detach())
         heads = nn.Linear(width, len(resized) * new_num_tokens, bias=False, device="meta")
         heads.weight = nn.Parameter(torch.cat(resized))
+        heads._is_hf_initialized = True  # as transformers marks what it resized; `post_init` leaves it alone
         return heads
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:
