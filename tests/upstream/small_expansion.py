@@ -1,6 +1,11 @@
-"""A subword expansion for the vocabulary of transformers' test models."""
+"""What the tests of both byte-level models share: a subword expansion, and the layer that it adds to caches."""
 
+import copy
 import random
+
+from tests.causal_lm_tester import CausalLMModelTest
+
+from byte_llama.byte_history import byte_history
 
 VOCABULARY, SUBWORDS = 99, 60
 
@@ -19,3 +24,12 @@ def expansion_fields() -> dict[str, object]:
         "expand_input_ids_dict": [dictionary, []],
         "num_pred_heads": 2,
     }
+
+
+class ExpandedModelTest(CausalLMModelTest):
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        """The suite expects a layer per decoder layer; the bytes that subwords are matched on stand behind them."""
+        self.assertIs(past_key_values.layers[-1], byte_history(past_key_values))
+        decoder = copy.copy(past_key_values)
+        decoder.layers = past_key_values.layers[:-1]
+        super()._check_past_key_values_for_generate(batch_size, decoder, seq_length, config)
