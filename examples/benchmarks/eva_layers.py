@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from measure import finish, interleave, provenance, spread, speedup, synchronize
+from measure import finish, interleave, provenance, speedup, spread, synchronize
 from transformers import AutoTokenizer, DynamicCache
 
 from byte_llama.byte_history import ByteHistory
