@@ -296,6 +296,12 @@ def test_urls_are_fetched_only_when_asked(url, monkeypatch):
         image_processor(url, allow_urls=True)
 
 
+def test_without_pillow_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"pip install 'evabyte\[image\]'"):
+        image_processor.encode(IMAGES[0])
+
+
 def huge_png(width, height):
     """A PNG of a few bytes that says it is huge."""
 
