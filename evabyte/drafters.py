@@ -4,9 +4,10 @@ A drafter sees the last forward's outputs and the bytes so far, and proposes a t
 model, and whatever it proposes, the decoded bytes are the model's own. Any object with a `draft` method serves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -301,3 +302,41 @@ def make_drafter(name: str, max_depth: int, device: torch.device, batch: int, no
     if other:
         raise ValueError(f"`draft` can add 'lookup' to a tree of the heads, as in 'dynamic+lookup'; got {name!r}.")
     return drafter
+
+
+def choose_drafter(
+    model: Any,
+    batch: int,
+    draft: str | Drafter | None,
+    draft_nodes: int | None,
+    medusa_choices: Sequence[Sequence[int]] | None,
+) -> Drafter:
+    """The drafter that a caller of `multi_byte_generate` asked for.
+
+    Args:
+        model: has `make_drafter`, and a configuration with `num_pred_heads` and `vocab_size`.
+        batch: rows.
+        draft, draft_nodes, medusa_choices: as in `multi_byte_generate`.
+
+    Raises:
+        ValueError: for a tree deeper or wider than the heads reach, and what is no drafter.
+    """
+    heads, vocab_size = model.config.num_pred_heads, model.config.vocab_size
+    if medusa_choices is not None:
+        if draft is not None or draft_nodes is not None:
+            raise ValueError("Pass `draft` or `medusa_choices`, not both: each names a draft tree.")
+        shape = TreeShape.from_paths(medusa_choices)
+        if shape.max_depth > heads - 1:
+            raise ValueError(
+                f"`medusa_choices` is {shape.max_depth} deep, but a model with {heads} prediction heads can draft "
+                f"{heads - 1} bytes ahead; leave out the longer paths."
+            )
+        if shape.max_rank >= vocab_size:
+            raise ValueError(f"`medusa_choices` has rank {shape.max_rank}, but there are {vocab_size} ids.")
+        return StaticDrafter(shape)
+    if draft is None or isinstance(draft, str):
+        drafter: Drafter = model.make_drafter(draft, batch, draft_nodes)
+        return drafter
+    if not isinstance(draft, Drafter):
+        raise ValueError(f"`draft` must be a name or an object with a `draft` method, got {type(draft).__name__}.")
+    return draft

@@ -20,8 +20,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .byte_tree import ROOT, DraftTrees, TreeShape
-from .drafters import Drafter, StaticDrafter, make_drafter, tree_bounds
+from .byte_tree import ROOT, DraftTrees
+from .drafters import Drafter, choose_drafter, make_drafter, tree_bounds
 from .eva_cache import KeptPaths
 from .eva_static_cache import reserve_nodes
 from .multibyte_output import MultibyteGenerateOutput, Step, by_step
@@ -68,7 +68,7 @@ def multibyte_decoding(
             "`sampling='typical'` judges all drafted bytes at once, which processors that look at the text so far do "
             f"not allow: leave out {others}."
         )
-    drafter = _choose_drafter(model, input_ids.shape[0], draft, draft_nodes, medusa_choices)
+    drafter = choose_drafter(model, input_ids.shape[0], draft, draft_nodes, medusa_choices)
     users_cache = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
     cache_leaves = users_cache or bool(generation_config.return_dict_in_generate)
     run = _Run(
@@ -83,35 +83,6 @@ def multibyte_decoding(
         if not cache_leaves and not synced_gpus:
             run.drop_finished_rows()
     return run.result(return_acc_lengths)
-
-
-def _choose_drafter(
-    model: Any,
-    batch: int,
-    draft: str | Drafter | None,
-    draft_nodes: int | None,
-    medusa_choices: Sequence[Sequence[int]] | None,
-) -> Drafter:
-    """The drafter a caller asked for, checked against the number of heads."""
-    heads, vocab_size = model.config.num_pred_heads, model.config.vocab_size
-    if medusa_choices is not None:
-        if draft is not None or draft_nodes is not None:
-            raise ValueError("Pass `draft` or `medusa_choices`, not both: each names a draft tree.")
-        shape = TreeShape.from_paths(medusa_choices)
-        if shape.max_depth > heads - 1:
-            raise ValueError(
-                f"`medusa_choices` is {shape.max_depth} deep, but a model with {heads} prediction heads can draft "
-                f"{heads - 1} bytes ahead; leave out the longer paths."
-            )
-        if shape.max_rank >= vocab_size:
-            raise ValueError(f"`medusa_choices` has rank {shape.max_rank}, but there are {vocab_size} ids.")
-        return StaticDrafter(shape)
-    if draft is None or isinstance(draft, str):
-        drafter: Drafter = model.make_drafter(draft, batch, draft_nodes)
-        return drafter
-    if not isinstance(draft, Drafter):
-        raise ValueError(f"`draft` must be a name or an object with a `draft` method, got {type(draft).__name__}.")
-    return draft
 
 
 class _Run:
@@ -162,7 +133,7 @@ class _Run:
             torch.full((1, 1), ROOT, device=device),
             0,
         )
-        self._walk(lone_roots, outputs.logits[:, -1:].float())
+        self._walk(lone_roots, outputs.logits[:, -1:].to(torch.float32, copy=True))
 
     def step(self) -> None:
         """Draft, verify, commit."""

@@ -31,7 +31,7 @@ class StaticGenerationMixin:
         (which costs summaries only), and not less than at the last call.
 
         Raises:
-            ValueError: for a static cache on the CPU of a model on a GPU: steps read all of it.
+            ValueError: for "offloaded_static".
         """
         if cache_implementation != "static":
             raise ValueError(

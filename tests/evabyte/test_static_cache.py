@@ -1,5 +1,7 @@
 """A cache of fixed size and compiled steps give the bytes of the dynamic cache, from one graph."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,8 @@ from tiny import fresh_model, pad_left, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
+from evabyte import EvaByteForCausalLM, EvaByteTokenizer
+from evabyte.bundled import bundled_checkpoint
 from evabyte.byte_tree import DraftTrees
 from evabyte.eva_static_cache import EvaStaticCache, static_cache_bytes
 
@@ -213,3 +217,24 @@ def test_generate_compiled_by_inductor():
     ids, mask = pad_left([random_ids(14), random_ids(37, seed=1)])
     how = greedy(50, attention_mask=mask)
     assert torch.equal(model.generate(ids, cache_implementation="static", **how), model.generate(ids, **how))
+
+
+@pytest.mark.slow
+def test_int8_weights_through_the_compiled_step():
+    """torchao's weight-only int8 writes what it writes on the dynamic cache, and nearly what float32 would predict."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = EvaByteForCausalLM.from_pretrained(bundled_checkpoint(), dtype=torch.float32).eval()
+    text = (Path(__file__).parents[2] / "docs" / "multibyte_decoding.md").read_bytes()[:700]
+    ids = torch.tensor([EvaByteTokenizer().encode_bytes(text)])
+    with torch.no_grad():
+        expected = model(ids).logits.argmax(-1)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        assert (model(ids).logits.argmax(-1) == expected).double().mean() > 0.95
+    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    stored = sum(part.nbytes for weight in linear for part in (weight.qdata, weight.scale))
+    assert stored < 0.27 * sum(weight.numel() * 4 for weight in linear)
+    how = greedy(60)
+    static = model.multi_byte_generate(ids[:, :300], cache_implementation="static", **how)
+    dynamic = model.multi_byte_generate(ids[:, :300], **how)
+    assert (static == dynamic).long().cumprod(-1).double().mean() > 0.9
