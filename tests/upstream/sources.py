@@ -83,6 +83,7 @@ def from_archive(version: str, folder: Path) -> None:
             "reached, pass `--checkout FOLDER`, a clone of transformers of a release near by."
         )
     unpack_tests(Path(download), folder)
+    Path(download).unlink()
     (folder / "provenance.txt").write_text(f"transformers v{version}")
 
 
