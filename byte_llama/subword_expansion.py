@@ -14,7 +14,7 @@ from transformers import initialization as init
 from .subword_table import BUCKET_SHIFT, SLOT_SHIFT, SubwordTable
 
 START = 1 << 40
-_NO_EDGE = -2  # neither an edge nor a free slot of a table
+_FEW = 4  # positions up to which a CPU is faster with a loop of its own than with some 25 tensor operations
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class SubwordExpansion(nn.Module):
     """Maps byte ids to the ids of the longest subwords ending there; see `subword_table.py` for the table.
 
     Exact, and a fixed number of tensor operations that never look at values on the host, so that it compiles with
-    `fullgraph=True` and runs within CUDA graphs. The tables are integer buffers, which casts of the model leave alone.
+    `fullgraph=True` and runs within CUDA graphs; but for the few new positions of a decoding step on CPU (`walk`). The
+    tables are integer buffers, which casts of the model leave alone.
 
     Args:
         sizes: sizes of the tables.
@@ -79,9 +80,9 @@ class SubwordExpansion(nn.Module):
             position_ids: None, or int64 [B or 1, N]; a document starts wherever they are 0.
             real: None, or [B, N], zero at padding.
         """
-        symbols = (ids.long() + 1).clamp(max=self.num_symbols - 1)
+        symbols = (ids.long() + 1).clamp_(max=self.num_symbols - 1)
         if position_ids is not None:
-            symbols = torch.where(position_ids == 0, symbols + START, symbols)
+            symbols = torch.add(symbols, position_ids == 0, alpha=START)
         return symbols if real is None else symbols * real.bool()
 
     def forward(
@@ -111,10 +112,14 @@ class SubwordExpansion(nn.Module):
                 )
             return self.lookup(_tree_windows(past, symbols, parents, self.maxlen + 1))
         text = torch.cat((past, symbols), dim=1)
+        on_host = text.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        if on_host and not padded and symbols.numel() <= _FEW:
+            rows, new = text.tolist(), range(self.maxlen, text.shape[1])
+            return symbols.new_tensor([[self.walk(row[end::-1]) for end in new] for row in rows])
         if not padded:
-            return self.lookup(text.unfold(1, self.maxlen + 1, 1).flip(-1))
+            return self._lookup_text(text)
         text, place = align_right(text, text.shape[1])
-        subwords = self.lookup(text.unfold(1, self.maxlen + 1, 1).flip(-1))
+        subwords = self._lookup_text(text)
         place = place[:, self.maxlen :] - self.maxlen
         return subwords.gather(1, place.clamp(min=0)).masked_fill(symbols == 0, 0)
 
@@ -129,22 +134,52 @@ class SubwordExpansion(nn.Module):
             int64 [...].
         """
         symbols = windows & (START - 1)
+        return self._lookup(symbols, symbols.int(), windows < START)
+
+    def _lookup_text(self, text: Tensor) -> Tensor:
+        """The longest subwords at all but the first `maxlen` positions of a text [B, C]."""
+        newest_first = text.flip(1)
+        symbols = newest_first & (START - 1)
+        # Windows overlap: what is done before they are cut is done once for each symbol, not `maxlen` times.
+        tensors = (symbols, symbols.int(), newest_first < START)
+        return self._lookup(*(each.unfold(1, self.maxlen + 1, 1) for each in tensors)).flip(1)
+
+    def _lookup(self, symbols: Tensor, symbols32: Tensor, goes_on: Tensor) -> Tensor:
+        """`lookup` of windows whose symbols are given without marks, as int64 and int32; False behind marked ones."""
         hashes = (symbols * self.multipliers).cumsum_(-1)
         # Slots and edges fit 32 bits, which halves the memory that passes through the processor's caches.
         slots = (hashes >> SLOT_SHIFT).int()
         hashes = (hashes >> BUCKET_SHIFT).bitwise_and_(len(self.displacements) - 1)
         slots = slots.add_(_take(self.displacements, hashes)).bitwise_and_(len(self.edges) - 1)
         path = nn.functional.pad(slots, (1, 0), value=len(self.edges))  # from the root on
-        expected = torch.add(symbols.int(), path[..., :-1], alpha=self.num_symbols)
-        expected[..., 1:].masked_fill_(windows[..., :-1] >= START, _NO_EDGE)
-        found = _take(self.edges, slots) == expected
-        depth = found.int().argmin(
-            -1, keepdim=True
-        )  # the first edge that is missing; in int32, as uint8 is miscompiled
+        found = _take(self.edges, slots) == torch.add(symbols32, path[..., :-1], alpha=self.num_symbols)
+        found[..., 1:] &= goes_on[..., :-1]
+        # The first edge that is missing; in int32, as uint8 is miscompiled.
+        depth = found.int().argmin(-1, keepdim=True)
         return _take(self.outputs, path.gather(-1, depth).squeeze(-1)).long()
+
+    def walk(self, window: list[int]) -> int:
+        """As `lookup`, of one window of at least `maxlen + 1` symbols, step by step in plain Python; for CPU alone."""
+        edges, displacements = self.edges.numpy(), self.displacements.numpy()
+        node, path_hash = len(edges), 0
+        for symbol, multiplier in zip(window, self.multipliers.tolist(), strict=False):
+            path_hash = _as_int64(path_hash + (symbol & (START - 1)) * multiplier)
+            bucket = (path_hash >> BUCKET_SHIFT) & (len(displacements) - 1)
+            slot = ((path_hash >> SLOT_SHIFT) + int(displacements[bucket])) & (len(edges) - 1)
+            if edges[slot] != node * self.num_symbols + (symbol & (START - 1)):
+                break
+            node = slot
+            if symbol >= START:
+                break
+        return int(self.outputs[node])
 
     def extra_repr(self) -> str:
         return f"maxlen={self.maxlen}, slots={self.edges.shape[0]}, num_symbols={self.num_symbols}"
+
+
+def _as_int64(value: int) -> int:
+    """The value as a tensor would hold it."""
+    return ((value + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

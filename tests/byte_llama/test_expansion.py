@@ -113,6 +113,9 @@ def test_full_dictionary(source):
         for place in pair.get("ambiguous_positions", ()):
             expected[place["position"]] = max(place["candidates"])
         assert expand(expansion, pair["byte_ids"]) == expected
+        # One by one they are walked, and table addresses beyond 2 ** 63 come up.
+        for at, subword in enumerate(expected):
+            assert expand(expansion, pair["byte_ids"][at : at + 1], past=pair["byte_ids"][:at]) == [subword]
 
 
 dictionaries = st.dictionaries(
@@ -129,6 +132,16 @@ def test_any_dictionary_in_two_pieces(dictionary, ids, cut, maxlen):
     expected = scan(ids, dictionary, maxlen)
     assert expand(expansion, ids) == expected
     assert expand(expansion, ids[cut:], past=ids[:cut]) == expected[cut:]
+
+
+@given(dictionary=dictionaries, ids=texts.filter(bool), starts=st.sets(st.integers(0, 39)), maxlen=st.integers(1, 7))
+def test_the_walk_of_a_few_positions_is_the_lookup_of_many(dictionary, ids, starts, maxlen):
+    expansion = expansion_of(dictionary, maxlen=maxlen)
+    positions = torch.tensor([[0 if at in starts else 1 + at for at in range(len(ids))]])
+    symbols = expansion.as_symbols(torch.tensor([ids]), positions)
+    text = torch.cat((symbols.new_zeros(1, maxlen), symbols), dim=1)
+    windows = text.unfold(1, maxlen + 1, 1).flip(-1)
+    assert [expansion.walk(window) for window in windows[0].tolist()] == expansion.lookup(windows)[0].tolist()
 
 
 @given(

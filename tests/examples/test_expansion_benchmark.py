@@ -57,14 +57,14 @@ def test_one_json_line_with_its_provenance(script, arguments, tmp_path, monkeypa
 
 
 def test_nothing_is_measured_when_a_subword_is_wrong(script, arguments, monkeypatch, capsys):
-    lookup = SubwordExpansion.lookup
+    expand = SubwordExpansion.forward
 
-    def with_one_wrong_subword(self, windows):
-        subwords = lookup(self, windows)
-        subwords[0, -3:] += windows.shape[1] > 3
+    def with_one_wrong_subword(self, symbols, past=None):
+        subwords = expand(self, symbols, past)
+        subwords[0, -3:] += symbols.shape[1] > 3
         return subwords
 
-    monkeypatch.setattr(SubwordExpansion, "lookup", with_one_wrong_subword)
+    monkeypatch.setattr(SubwordExpansion, "forward", with_one_wrong_subword)
     with pytest.raises(SystemExit, match=r"No speed is measured: at once, position 197"):
         script.main(arguments)
     assert capsys.readouterr().out == ""
