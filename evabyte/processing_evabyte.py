@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import to_py_obj
 
-from .image_processing_evabyte import flat_images
-from .tokenization_evabyte import BYTE_OFFSET, VOCAB_SIZE
+from .image_processing_evabyte import EvaByteImageProcessor, flat_images
+from .tokenization_evabyte import BYTE_OFFSET, VOCAB_SIZE, EvaByteTokenizer
 
 PLACEHOLDER = "<image_placeholder>"
 _IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers' chat format puts the image of a content part
@@ -51,6 +51,15 @@ class EvaByteProcessor(ProcessorMixin):
         self.image_token = PLACEHOLDER
         self.image_start_id: int = known["<t2v_token>"]
         self.image_end_id: int = known["<v2t_token>"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; images are read by the default settings where a folder of a text model has none."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError:
+            tokenizer = EvaByteTokenizer.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return cls(EvaByteImageProcessor(), tokenizer)
 
     @property
     def model_input_names(self) -> list[str]:
