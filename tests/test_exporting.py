@@ -124,7 +124,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
     refused(
         ValueError, r"_proj.weight of shape \[96, 64\]; its config.json asks for \[100, 64\]", intermediate_size=100
     )
-    refused(ValueError, "is a 'llama' model", model_type="llama", auto_map=None)
+    refused(ValueError, "is a 'llama' model", model_type="llama", auto_map={})
     shard = next(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     refused(OSError, "damaged or cut short")
