@@ -186,6 +186,17 @@ def test_lengths_are_in_bytes():
     assert len(text.encode()) <= 12
 
 
+def test_chats_begin_once():
+    """A chat's text has its special tokens in it: they are read as such, and none is added."""
+    model, tokenizer = evaluated_model("EvaByte")
+    chat = [{"role": "user", "content": "Is water wet?"}]
+    lm = ByteHFLM(model, tokenizer, batch_size=2)
+    ids = tokenizer.encode_chat(chat, add_generation_prompt=True)
+    prompt = lm.apply_chat_template(chat)
+    assert lm._encode_pair(prompt, "yes") == (ids, tokenizer.encode_bytes(b"yes", add_special_tokens=False))
+    assert lm.tok_batch_encode([prompt])[0].tolist() == [ids]
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
