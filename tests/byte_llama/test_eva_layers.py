@@ -1,7 +1,10 @@
 """EVA layers in a byte-level Llama: against EvaByte, against full attention, against each sequence alone."""
 
+import json
+
 import pytest
 import torch
+from hub_folders import expect, load_without_packages, model_and_tokenizer
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,7 +113,7 @@ def test_backends_agree(layers):
 
 
 @pytest.mark.compatibility("EVA layers in place of full attention", "byte Llama")
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     layers=LAYERS,
     draft=st.sampled_from(["dynamic", "chain", "lookup", "dynamic+lookup"]),
@@ -233,3 +236,17 @@ def test_what_does_not_fit_is_named():
         model.multi_byte_generate(ids, draft="self", max_new_tokens=3, **HOW)
     with pytest.raises(NotImplementedError, match="eva_layers"):
         model.init_continuous_batching()
+
+
+@pytest.mark.slow
+def test_a_folder_brings_its_code(tmp_path):
+    full, tokenizer = model_and_tokenizer("byte Llama")
+    config = full.config
+    config.eva_layers, config.eva_window_size, config.eva_chunk_size = [1], 8, 4
+    model, folder = ByteLlamaForCausalLM(config).eval(), tmp_path / "model"
+    for saved in (model, tokenizer):
+        saved.save_pretrained(folder)
+    expect(model, tokenizer, tmp_path / "expected.pt")
+    sources, said = load_without_packages([(folder, tmp_path / "expected.pt", tmp_path / "again")], tmp_path)
+    assert sources == [str(folder)], said
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eva_layers"] == [1]
