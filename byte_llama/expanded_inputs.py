@@ -136,10 +136,39 @@ class ExpandedInputsMixin:
         return outputs
 
 
+class BytesWithoutSubwords(nn.Module):
+    """A byte embedding for those who would embed texts by themselves: it gives single rows and refuses texts.
+
+    Args:
+        embedding: the model's own.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding, self.num_embeddings = embedding, embedding.num_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.ndim > 1:
+            raise NotImplementedError(
+                "peft's prompt tuning and p-tuning embed the bytes themselves, without the subwords that "
+                "`expand_input_ids` adds. Use prefix tuning (`PrefixTuningConfig`) or LoRA: they leave that to the model."
+            )
+        return self.embedding(ids)
+
+
 class ExpandedGenerationMixin:
-    """What `generate` must know of models with [`ExpandedInputsMixin`], mixed in before their in-tree class."""
+    """What `generate` and peft must know of models with [`ExpandedInputsMixin`], before the in-tree class."""
 
     config: SubwordExpansionConfig
+
+    def get_submodule(self, target: str) -> nn.Module:
+        if target == "embeddings.word_embeddings" and self.config.expand_input_ids:  # where peft looks first
+            return BytesWithoutSubwords(self.get_input_embeddings())  # type: ignore[attr-defined]
+        return super().get_submodule(target)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
