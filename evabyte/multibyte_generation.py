@@ -380,6 +380,8 @@ class MultibyteGenerationMixin:
             multibyte or (multibyte is None and self._goes_by_multibyte(generation_config, kwargs))
         ):
             kwargs["custom_generate"] = multibyte_decoding
+        if hasattr(kwargs.get("tokenizer"), "tokenizer"):  # a processor, which servers pass; stop strings ask for more
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _goes_by_multibyte(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
