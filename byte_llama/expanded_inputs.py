@@ -98,6 +98,8 @@ class ExpandedInputsMixin:
             parents: None, or int64 [B or 1, N]: the new ids are nodes of trees, with -1 as the parent of roots, and
                 each is matched along its own ancestors. `attention_mask` and `position_ids` must say the same. The
                 nodes are not added to the history: append those that are kept (`byte_history(cache).append`).
+            **kwargs: as in the parent; with continuous batching's `logits_processor_args` the row is the new ids of
+                several requests (see `request_history.py`).
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, and as `SubwordExpansion`.
@@ -155,7 +157,7 @@ class BytesWithoutSubwords(nn.Module):
         if ids.ndim > 1:
             raise NotImplementedError(
                 "peft's prompt tuning and p-tuning embed the bytes themselves, without the subwords that "
-                "`expand_input_ids` adds. Use prefix tuning (`PrefixTuningConfig`) or LoRA: they leave that to the model."
+                "`expand_input_ids` adds. Use prefix tuning (`PrefixTuningConfig`) or LoRA, which leave it to the model."
             )
         return self.embedding(ids)
 
