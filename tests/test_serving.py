@@ -1,5 +1,7 @@
 """`evabyte serve`, asked by the openai client; and what it changes of transformers' server, without one."""
 
+import base64
+import io
 import json
 import os
 import socket
@@ -193,6 +195,23 @@ def test_where_a_text_ends(name, server):
     assert completion(server, "b", stop="zx").choices[0].text == "xyzx"
     # An unfinished character stays unsaid.
     assert pieces(completion(server, "a", max_tokens=4, stream=True)) == (["é"], "length")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EvaByte"], scope="module")
+def test_pictures_in_messages(name, server):
+    image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    image.new("RGB", (32, 32), "red").save(file, "JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": content}]
+    answer = server.client.chat.completions.create(model=server.model, messages=messages)
+    assert answer.choices[0].message.content == SPELLED["a"]
+    ids = transformers.AutoProcessor.from_pretrained(server.model).encode_chat(
+        [{"role": "user", "content": [{"type": "image", "url": url}, content[1]]}], add_generation_prompt=True
+    )
+    assert answer.usage.prompt_tokens == len(ids)
 
 
 @pytest.mark.slow
