@@ -157,7 +157,7 @@ class BytesWithoutSubwords(nn.Module):
         if ids.ndim > 1:
             raise NotImplementedError(
                 "peft's prompt tuning and p-tuning embed the bytes themselves, without the subwords that "
-                "`expand_input_ids` adds. Use prefix tuning (`PrefixTuningConfig`) or LoRA, which leave it to the model."
+                "`expand_input_ids` adds. Use prefix tuning (`PrefixTuningConfig`) or LoRA, which do not."
             )
         return self.embedding(ids)
 

@@ -112,8 +112,7 @@ class SubwordExpansion(nn.Module):
                 )
             return self.lookup(_tree_windows(past, symbols, parents, self.maxlen + 1))
         text = torch.cat((past, symbols), dim=1)
-        on_host = text.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-        if on_host and not padded and symbols.numel() <= _FEW:
+        if symbols.numel() <= _FEW and not padded and _on_host(text):
             rows, new = text.tolist(), range(self.maxlen, text.shape[1])
             return symbols.new_tensor([[self.walk(row[end::-1]) for end in new] for row in rows])
         if not padded:
@@ -180,6 +179,12 @@ class SubwordExpansion(nn.Module):
 def _as_int64(value: int) -> int:
     """The value as a tensor would hold it."""
     return ((value + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a graph that is being recorded."""
+    recording = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor
+    return tensor.device.type == "cpu" and not recording
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

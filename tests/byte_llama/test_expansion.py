@@ -144,6 +144,16 @@ def test_the_walk_of_a_few_positions_is_the_lookup_of_many(dictionary, ids, star
     assert [expansion.walk(window) for window in windows[0].tolist()] == expansion.lookup(windows)[0].tolist()
 
 
+def test_a_decoding_step_can_be_recorded():
+    expansion = expansion_of({"1": 11, "2,1": 12})
+    example = expansion.as_symbols(torch.tensor([[0]])), torch.zeros(1, 16, dtype=torch.int64)
+    recorded = torch.jit.trace(expansion, example), torch.export.export(expansion, example).module()
+    for ids, before, expected in ([[0]], [[0]], 10), ([[1]], [[0]], 11), ([[2]], [[0]], 0):
+        new, past = (expansion.as_symbols(torch.tensor(each)) for each in (ids, before))
+        past = align_right(past, 16)[0]
+        assert [expand(new, past).tolist() for expand in (expansion, *recorded)] == [[[expected]]] * 3
+
+
 @given(
     dictionary=dictionaries,
     documents=st.lists(texts.filter(bool), min_size=1, max_size=4),
