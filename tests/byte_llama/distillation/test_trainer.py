@@ -8,7 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from byte_llama import ByteLlamaConfig, ByteLlamaForCausalLM, byte_tokenizer_from
+from byte_llama import (
+    ByteGemma2Config,
+    ByteGemma2ForCausalLM,
+    ByteLlamaConfig,
+    ByteLlamaForCausalLM,
+    byte_tokenizer_from,
+)
 from byte_llama.distillation import (
     DistillationCollator,
     ParallelEncoder,
@@ -55,8 +61,11 @@ class Examples(Dataset):
         return self.examples[index]
 
 
-def student(byte, heads=3):
+def student(byte, heads=3, kind="llama"):
     set_seed(1)
+    if kind == "gemma2":
+        gemma = {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32, "num_pred_heads": heads}
+        return ByteGemma2ForCausalLM(ByteGemma2Config(**SIZES, **gemma, vocab_size=len(byte)))
     return ByteLlamaForCausalLM(ByteLlamaConfig(**SIZES, vocab_size=len(byte), num_pred_heads=heads))
 
 
@@ -65,7 +74,15 @@ def objective_of(parts, losses=("sft", "alm", "latents", "heads")):
     return Objective(losses, student_spaces=space_mask(byte), teacher_spaces=space_mask(subword))
 
 
-def trainer_of(parts, folder, model=None, losses=("sft", "alm", "latents", "heads"), weights="gradmag", **arguments):
+def trainer_of(
+    parts,
+    folder,
+    model=None,
+    losses=("sft", "alm", "latents", "heads"),
+    weights="gradmag",
+    shard_teacher=False,
+    **arguments,
+):
     teacher, subword, byte, examples = parts
     collator = DistillationCollator.from_tokenizers(byte, subword)
     args = TrainingArguments(
@@ -78,6 +95,7 @@ def trainer_of(parts, folder, model=None, losses=("sft", "alm", "latents", "head
         teacher,
         objective_of(parts, losses),
         weights=weights,
+        shard_teacher=shard_teacher,
         heldout=[collator(examples[:6])],
         args=args,
         train_dataset=Examples(examples),
@@ -123,9 +141,16 @@ def test_weights_are_those_of_the_model_itself(parts):
         copied.forward()
 
 
-def test_one_step_is_the_weighted_sum(parts, tmp_path):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        pytest.param("gemma2", marks=pytest.mark.compatibility("Byteification (distillation)", "byte Gemma 2")),
+    ],
+)
+def test_one_step_is_the_weighted_sum(kind, parts, tmp_path):
     teacher, subword, byte, examples = parts
-    model = student(byte).train()
+    model = student(byte, kind=kind).train()
     trainer = trainer_of(parts, tmp_path, model=model)
     batch = DistillationCollator.from_tokenizers(byte, subword)(examples[:4])
     loss = trainer.compute_loss(model, batch)
@@ -178,5 +203,7 @@ def test_what_cannot_be_is_named(parts, tmp_path):
         trainer_of(parts, tmp_path, weights={"sft": 1.0})
     with pytest.raises(ValueError, match="remove_unused_columns"):
         trainer_of(parts, tmp_path, remove_unused_columns=True)
+    with pytest.raises(RuntimeError, match="shard_teacher"):
+        trainer_of(parts, tmp_path, shard_teacher=True)
     with pytest.raises(ValueError, match="teacher"):
         DistillationTrainer(student(parts[2]), None, objective_of(parts))
