@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import CompileConfig, GenerationConfig
 
@@ -111,25 +112,76 @@ def next_byte_logits(model: Any, cache: Any, past: Tensor, ids: Tensor, position
     return model.predict(hidden, all_heads=False)
 
 
-def compiled(model: Any, function: Callable[..., Any], key: tuple, config: CompileConfig | None) -> Callable[..., Any]:
-    """A model's compiled form of a function, made at the first call with this key.
+# Every model's graphs; not an attribute, for models are copied and pickled.
+_GRAPHS: WeakKeyDictionary[Any, dict[tuple, Callable[..., Any]]] = WeakKeyDictionary()
+
+KEPT_GUARDS = {"GLOBAL_STATE", "GRAD_MODE", "SHAPE_ENV", "DEFAULT_DEVICE", "TORCH_FUNCTION_STATE"}
+
+
+def _cheap_guards(entries: Sequence[Any]) -> list[bool]:
+    """Of what Dynamo checks before every call: settings of PyTorch and tensors that come in, not the model."""
+    return [
+        entry.guard_type in KEPT_GUARDS
+        or (entry.guard_type == "TENSOR_MATCH" and not isinstance(entry.value, nn.Parameter))
+        for entry in entries
+    ]
+
+
+def model_state(model: Any) -> int | None:
+    """What a graph of the model depends on, as one number; None where more than these things may change.
+
+    Dynamo checks every module and parameter before every call, which takes longer than launching a CUDA graph. Looking
+    at them once a run is enough: within one call of `generate` nobody changes the model.
+    """
+    facts: list[Any] = [model.config.to_json_string(), model.config._attn_implementation]
+    for module in model.modules():
+        place = type(module).__module__
+        plain = place == type(model).__module__ or place.startswith(("torch.nn.modules.", "transformers.activations"))
+        if not plain or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        facts.append((type(module), module.training))
+    facts += [(type(each), type(each.data), each.shape, each.dtype, each.device) for each in model.parameters()]
+    return hash(tuple(facts))
+
+
+class CompiledSteps:
+    """A model's steps for one call of `generate`, compiled or not.
 
     Args:
-        key: what a graph is specialised for, besides what `torch.compile` looks at by itself.
         config: backend, mode and options; None for a CUDA graph of Inductor's kernels on CUDA, its kernels elsewhere.
     """
-    how: dict[str, Any] = {"mode": "reduce-overhead" if model.device.type == "cuda" else "default"}
-    if config is not None:
-        how = {"backend": config.backend, "options": config.options}
-        how["mode"] = config.mode if config.backend == "inductor" and config.options is None else None
-    steps = model.__dict__.setdefault("_compiled_steps", {})
-    full_key = (function.__name__, *key, *(str(value) for value in how.values()))
-    if full_key not in steps:
-        # Code of its own: Dynamo counts recompilations by code, and these are no recompilations but other functions.
-        plain: Any = function
-        own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
-        steps[full_key] = torch.compile(own, fullgraph=True, dynamic=False, **how)
-    return steps[full_key]
+
+    def __init__(self, model: Any, config: CompileConfig | None, enabled: bool = True) -> None:
+        self.model, self.enabled = model, enabled
+        config = config or CompileConfig(mode="reduce-overhead" if model.device.type == "cuda" else "default")
+        options = dict(config.options or {})
+        if config.backend == "inductor" and not options:
+            options = torch._inductor.list_mode_options(config.mode)
+        self.state = model_state(model) if enabled else None
+        if self.state is not None and hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+            options["guard_filter_fn"] = _cheap_guards
+        self.how = {"backend": config.backend, "options": options}
+        self.settings = (self.state, config.backend, config.mode, str(config.options))
+
+    def __call__(self, function: Callable[..., Any], key: tuple, cache: Any, *arguments: Any) -> Any:
+        """`function(model, cache, *arguments)`; its graph is made at the first call with this key.
+
+        Args:
+            key: what the graph is specialised for, besides the cache, the model and tensors that come in.
+        """
+        if not self.enabled:
+            return function(self.model, cache, *arguments)
+        layer = cache.layers[0]
+        sizes = (layer.keys.shape, layer.dtype, layer.origin, layer.max_cache_len, type(cache), cache.offloading)
+        full_key = (function.__name__, *key, *sizes, *self.settings)
+        graphs = _GRAPHS.setdefault(self.model, {})
+        if full_key not in graphs:
+            # Code of its own: Dynamo counts recompilations by code, and these are no recompilations but other graphs.
+            plain: Any = function
+            own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
+            graphs[full_key] = torch.compile(own, fullgraph=True, dynamic=False, **self.how)
+        torch.compiler.cudagraph_mark_step_begin()
+        return graphs[full_key](self.model, cache, *arguments)
 
 
 def _bucket(nodes: int) -> int:
@@ -148,8 +200,8 @@ class StaticVerifier(TreeVerifier):
     def __init__(self, model: Any, cache: Cache, drafter: Drafter, generation_config: GenerationConfig) -> None:
         super().__init__(model, cache, drafter)
         self.layers = static_layers(cache)
-        self.compile = model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config)
-        self.compile_config = generation_config.compile_config
+        compile_steps = model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config)
+        self.run = CompiledSteps(model, generation_config.compile_config, compile_steps)
         batch, device, config = len(self.layers[0].lengths), model.device, model.config
         shape = (batch, self.layers[0].tree_nodes, config.num_pred_heads, config.vocab_size)
         self.state = StepState(torch.zeros(shape, device=device), torch.ones((), device=device))
@@ -160,7 +212,7 @@ class StaticVerifier(TreeVerifier):
             self.fill = drafter.fill_on(device, config.vocab_size)
             roots = torch.zeros(batch, dtype=torch.int64, device=device)
             self.max_depth = self.fill(roots, self.state.logits[:, 0, 1:], 1.0).max_depth
-        if self.compile:
+        if compile_steps:
             torch._dynamo.mark_static_address(self.state.logits)
             torch._dynamo.mark_static_address(self.state.temperature)
         self.kept: KeptPaths | None = None  # paths that the next step is to bring in place
@@ -183,11 +235,8 @@ class StaticVerifier(TreeVerifier):
             arguments, max_depth, sources = self._padded(drafted), drafted.max_depth, drafted.sources
             function, key = verify_given, (arguments[0].shape[1],)
         control = self._control(frontier)
-        if self.compile:
-            key = (*key, *control.shape, self.layers[0].keys.shape, self.layers[0].dtype)
-            function = compiled(self.model, function, key, self.compile_config)
-            torch.compiler.cudagraph_mark_step_begin()
-        ids, parents, mask = function(self.model, self.cache, self.state, control, *arguments)
+        key = (*key, control.shape, self.state.logits.shape)
+        ids, parents, mask = self.run(function, key, self.cache, self.state, control, *arguments)
         nodes = ids.shape[1]
         if sources is not None:
             sources = torch.nn.functional.pad(sources, (0, nodes - sources.shape[1]))

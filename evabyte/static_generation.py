@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .drafters import Drafter
 from .eva_cache import KeptPaths
 from .eva_static_cache import EvaStaticCache, count_in_all, static_layers
-from .static_decoding import StaticVerifier, compiled, next_byte_logits
+from .static_decoding import CompiledSteps, StaticVerifier, next_byte_logits
 from .tree_verifier import TreeVerifier
 
 
@@ -81,6 +81,7 @@ class OneByteStep:
 
     def __init__(self, model: Any, config: CompileConfig | None) -> None:
         self.model, self.config = model, config
+        self.run: CompiledSteps | None = None
 
     def __call__(self, input_ids: Tensor | None = None, **inputs: Any) -> Any:
         cache = inputs.get("past_key_values")
@@ -93,10 +94,11 @@ class OneByteStep:
             return self.model(input_ids=input_ids, **inputs)
         layer = layers[0]
         layer.check_length(max(layer.lengths) + 1)
-        key = (*input_ids.shape, layer.keys.shape, layer.dtype, inputs.get("position_ids") is not None)
-        step = compiled(self.model, next_byte_logits, key, self.config)
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.run is None:
+            self.run = CompiledSteps(self.model, self.config)
+        positions = inputs.get("position_ids")
+        key = (input_ids.shape, input_ids.dtype, None if positions is None else positions.shape)
         past = torch.tensor(layer.lengths, device=input_ids.device)
-        logits = step(self.model, cache, past, input_ids, inputs.get("position_ids"))
+        logits = self.run(next_byte_logits, key, cache, past, input_ids, positions)
         count_in_all(layers, KeptPaths([[0]] * len(layer.lengths)))
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
