@@ -8,10 +8,10 @@ import torch
 from subword_models import subword_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from byte_llama import cli
 from byte_llama.cli import main
 from byte_llama.conversion import convert
 from evabyte import __version__
+from evabyte_cli.parsing import INTERRUPTED
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_interrupted(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("byte_llama.cli.convert.convert", interrupted)
-    assert main(["convert", str(folder), str(tmp_path / "byte")]) == cli.INTERRUPTED
+    assert main(["convert", str(folder), str(tmp_path / "byte")]) == INTERRUPTED
 
 
 def test_without_a_command(capsys):

@@ -12,12 +12,13 @@ from transformers import DynamicCache
 
 from evabyte import EvaByteTokenizer, __version__
 from evabyte.bundled import bundled_checkpoint
-from evabyte.cli import INTERRUPTED, PIPE_CLOSED, generate, main
+from evabyte.cli import generate, main
 from evabyte.cli.chat import Chat
 from evabyte.cli.decode import Generation
 from evabyte.cli.demo import compare
 from evabyte.cli.info import cache_bytes
 from evabyte.cli.output import CYAN, MAGENTA, RESET, ForwardStreamer, wants_colour
+from evabyte_cli.parsing import INTERRUPTED, PIPE_CLOSED
 
 TOKENIZER = EvaByteTokenizer()
 MODEL = fresh_model(window_size=32, chunk_size=4, num_pred_heads=8)
