@@ -4,6 +4,7 @@ TRL's trainers, for one, compute log-probabilities from `lm_head.weight` themsel
 behind the other, which such a tool would take for one large vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -80,4 +81,8 @@ def _refuse_fused_head(forward: Callable[..., Any]) -> Callable[..., Any]:
             )
         return forward(*args, **kwargs)
 
+    # What `inspect` shows of a bound method lacks the first parameter: let that be the model, not `input_ids`.
+    taken = inspect.signature(forward)
+    model = inspect.Parameter("_", inspect.Parameter.POSITIONAL_ONLY)
+    checked.__signature__ = taken.replace(parameters=[model, *taken.parameters.values()])  # type: ignore[attr-defined]
     return checked

@@ -1,6 +1,7 @@
 """Fine-tuning with the tools people use: PEFT, TRL; next-byte training of a model with several heads."""
 
 import copy
+import inspect
 from contextlib import nullcontext
 
 import pytest
@@ -159,6 +160,13 @@ def test_several_heads_are_not_taken_for_one():
     with next_byte_only(model):
         trl_utils.add_fused_lm_head(model)
         assert model(ids, labels=ids, fused_lm_head=True).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_replaced_forward_shows_its_parameters():
+    model = fresh_model("EvaByte")
+    shown = inspect.signature(model.forward)
+    model.forward = model.forward  # as tools that wrap it do; the Trainer and exporters read the signature
+    assert inspect.signature(model.forward) == shown and "input_ids" in shown.parameters
 
 
 def test_next_byte_only_gives_the_heads_back(tmp_path):
