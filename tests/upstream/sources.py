@@ -27,7 +27,7 @@ def __getattr__(name):
 """
 CACHE = Path(__file__).resolve().parents[2] / ".upstream"
 ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{version}.tar.gz"
-WANTED = ("tests/", "utils/test_module/")  # the tests, and a module that they import
+WANTED = ("tests/", "utils/")  # the tests, and what they import from the repository's tools
 
 
 def tests_of(version: str, checkout: Path | None) -> Path:
