@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import fresh_model, letters, logits_alone, tiny_model
+from small_models import fresh_model, letters, logits_alone
 from transformers import AttentionInterface, AutoModel, ContinuousBatchingConfig, GenerationConfig
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -204,7 +204,7 @@ def test_soft_caps_are_not_left_out():
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 def test_servers_with_caches_of_their_own_are_refused(server, monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, server, eager_attention_forward)
-    config = tiny_model("llama").config
+    config = fresh_model("llama").config
     with pytest.raises(NotImplementedError, match=r"does not tell a model the bytes before .* `generate_batch`"):
         AutoModel.from_config(config, attn_implementation=server)
     config = fresh_model("llama", expand_input_ids=False).config
