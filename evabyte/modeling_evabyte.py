@@ -508,7 +508,7 @@ class EvaByteForCausalLM(
             resized.append(super()._get_resized_lm_head(head, new_num_tokens, *args, **kwargs).weight.detach())
         heads = nn.Linear(width, len(resized) * new_num_tokens, bias=False, device="meta")
         heads.weight = nn.Parameter(torch.cat(resized))
-        heads._is_hf_initialized = True  # as transformers marks what it resized; `post_init` leaves it alone
+        heads._is_hf_initialized = True  # type: ignore[assignment]  # so `post_init` keeps what was resized
         return heads
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:
