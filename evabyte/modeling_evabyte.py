@@ -1,11 +1,12 @@
 """EvaByte: a Llama-like decoder over bytes with EVA attention and several prediction heads."""
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -142,18 +143,21 @@ class EvaByteAttention(nn.Module):
         if past_key_values is None:
             output = layout_attention(query, key, value, *learned, layout, backend, fp32_softmax)
         else:
+            if layout.tree is not None and dist.is_available() and dist.is_initialized():
+                # A window may fill up when a path is committed, and by then FSDP has taken the weights away.
+                learned = (learned[0].clone(), learned[1].clone())
             summarize = summarizer(*learned, layout.chunk_size, backend, fp32_softmax)
             states, _ = past_key_values.update(key, value, self.layer_idx, layout, summarize)
             output = cached_attention(query, states, summarize, layout, backend, fp32_softmax)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
 
     def _learned_vectors(self, heads: int) -> tuple[Tensor, Tensor]:
-        """`adaptive_mu_k` and `adaptive_phi`, each [1, H, 1, 1, D]; under tensor parallelism of this process's heads."""
+        """`adaptive_mu_k` and `adaptive_phi`, each [1, H, 1, 1, D]; of this process's heads in tensor parallelism."""
         learned = (self.adaptive_mu_k, self.adaptive_phi)
         if learned[0].shape[1] == heads:
             return learned
         # Every process has the vectors of all heads and takes its own, in a way that brings their gradients together.
-        mesh = self.q_proj.weight.device_mesh
+        mesh = cast(DTensor, self.q_proj.weight).device_mesh
         whole = (DTensor.from_local(vectors, mesh, [Replicate()], run_check=False) for vectors in learned)
         mu, phi = (vectors.redistribute(placements=[Shard(1)]).to_local() for vectors in whole)
         return mu, phi
@@ -393,6 +397,7 @@ class EvaByteForCausalLM(
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _trees_in_static_caches = True
 
     def __init__(self, config: EvaByteConfig) -> None:
         super().__init__(config)
