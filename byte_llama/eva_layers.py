@@ -76,6 +76,7 @@ class EvaLlamaAttention(LlamaAttention):
             )
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary tables are in float32
         (mu, phi), backend = self.summary(), self._backend(query)
         # The operator takes as many key heads as query heads; the cache keeps, and summarises, each only once.
         mus, phis = (vector.repeat_interleave(self.num_key_value_groups, dim=0) for vector in (mu, phi))

@@ -196,6 +196,18 @@ def test_low_precision(dtype):
     torch.testing.assert_close(model(ids).logits.float(), exact(ids).logits, atol=0.35, rtol=0.1)
 
 
+def test_autocast():
+    """As in mixed-precision training: weights in float32, products in bfloat16, cached or not."""
+    model, ids = fresh_model(**SIZES, **MIXED).train(), letters(2, 40)
+    exact = model(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(ids, labels=ids, use_cache=True)
+    assert {layer.keys.dtype for layer in outputs.past_key_values.layers[:3:2]} == {torch.bfloat16}
+    torch.testing.assert_close(outputs.logits.float(), exact, atol=0.35, rtol=0.1)
+    outputs.loss.backward()
+    assert all(weight.grad.isfinite().all() for name, weight in model.named_parameters() if ".summary." in name)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
