@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .hub import SelfContainedMixin
 from .image_loading import check_pixels, load_image, pillow
 from .jpeg_streams import END, START, add_tables, find_damage, read_header
 
@@ -47,7 +48,7 @@ def fitted_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:
     return max(width, _SHORTEST_EDGE), max(height, _SHORTEST_EDGE)
 
 
-class EvaByteImageProcessor(BaseImageProcessor):
+class EvaByteImageProcessor(SelfContainedMixin, BaseImageProcessor):
     r"""Turns images into the JPEG streams that EvaByte reads, and streams into images again.
 
     An image becomes RGB, is made to fit `size`, and is written as a JPEG from which the tables are left out. What is

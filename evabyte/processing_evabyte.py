@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import to_py_obj
 
+from .hub import SelfContainedMixin
 from .image_processing_evabyte import EvaByteImageProcessor, flat_images
 from .tokenization_evabyte import BYTE_OFFSET, VOCAB_SIZE, EvaByteTokenizer
 
@@ -24,7 +25,7 @@ class TextWithImages(NamedTuple):
     images: list[Any]
 
 
-class EvaByteProcessor(ProcessorMixin):
+class EvaByteProcessor(SelfContainedMixin, ProcessorMixin):
     r"""The image processor and the tokenizer of EvaByte as one: texts with pictures in, texts with pictures out.
 
     Each `<image_placeholder>` in a text is where a picture goes. In the ids a picture is `<t2v_token>`, the bytes of

@@ -7,7 +7,7 @@ from hub_folders import MODELS, expect, load_without_packages, model_and_tokeniz
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 
-from evabyte import EvaByteTokenizer
+from evabyte import EvaByteImageProcessor, EvaByteProcessor, EvaByteTokenizer
 
 
 def for_each_model(feature):
@@ -99,6 +99,8 @@ def test_card(hub, tmp_path):
     assert 'source = "here"' in (tmp_path / "here" / "README.md").read_text()
 
     EvaByteTokenizer().push_to_hub("somebody/bytes")
+    EvaByteProcessor(EvaByteImageProcessor(), EvaByteTokenizer()).push_to_hub("somebody/bytes")
+    assert {"processing_evabyte.py", "image_processing_evabyte.py", "hub.py"} <= hub.files("somebody/bytes").keys()
     assert "README.md" not in hub.files("somebody/bytes")
     model.push_to_hub("bytes", tags=["mine"])
     card = ModelCard(hub.files("somebody/bytes")["README.md"].decode())
