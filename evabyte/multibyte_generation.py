@@ -32,6 +32,7 @@ from .tree_verifier import Frontier, TreeVerifier
 # 0.7, which brought more bytes per forward than 1.0 at 8, 16 and 64 nodes with the bundled model on the texts of
 # examples/benchmarks/heldout.
 GREEDY_DRAFT_TEMPERATURE = 0.6
+DYNAMIC_CACHES = ("dynamic", "dynamic_full", "offloaded")  # names of `cache_implementation`
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 OWN_ARGUMENTS = ("draft", "draft_nodes", "medusa_choices", "typical", "return_acc_lengths", "return_trace")
 
@@ -290,7 +291,7 @@ class _Run:
 
 
 class MultibyteGenerationMixin:
-    """Gives a model with prediction heads `multi_byte_generate`; comes before `GenerationMixin` among the bases."""
+    """Gives a model with prediction heads `multi_byte_generate`; comes before transformers' classes among the bases."""
 
     def multi_byte_generate(
         self,
@@ -357,6 +358,8 @@ class MultibyteGenerationMixin:
             **kwargs,
         )
 
+    _trees_in_static_caches = False  # whether the model can verify trees against a cache of fixed size
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -397,6 +400,7 @@ class MultibyteGenerationMixin:
             config.get_generation_mode(kwargs.get("assistant_model")) in SUPPORTED_MODES
             and config.guidance_scale in (None, 1)
             and config.use_cache is not False
+            and (self._trees_in_static_caches or config.cache_implementation in (None, *DYNAMIC_CACHES))
             and not getattr(config, "is_assistant", False)
         )
 
