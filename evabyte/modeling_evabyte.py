@@ -398,6 +398,7 @@ class EvaByteForCausalLM(
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _trees_in_static_caches = True
+    _trees_in_static_caches = True
 
     def __init__(self, config: EvaByteConfig) -> None:
         super().__init__(config)
