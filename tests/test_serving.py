@@ -82,6 +82,7 @@ def test_a_saved_generation_config_decides(name, tmp_path, forwards):
     byte_by_byte = len(forwards)
     assert model.generate(**inputs, **how).tolist() == expected.tolist()
     assert byte_by_byte == 24 and len(forwards) - byte_by_byte <= 12
+    assert model.generate(**inputs, **how, cache_implementation="static").tolist() == expected.tolist()
 
 
 def test_a_server_finds_every_architecture(tmp_path):
