@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -26,8 +25,9 @@ from .eva_layout import DraftTree, EvaLayout
 from .hub import SelfContainedMixin
 from .multibyte_generation import MultibyteGenerationMixin
 from .multibyte_loss import multibyte_loss, shift_for_heads
-from .one_head import FusedHeadGuard
+from .stacked_heads import StackedHeadsMixin
 from .static_generation import StaticGenerationMixin
+from .strict_loading import StrictLoadingMixin
 
 logger = logging.get_logger(__name__)
 
@@ -184,7 +184,7 @@ class EvaByteDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class EvaBytePreTrainedModel(SelfContainedMixin, PreTrainedModel):
+class EvaBytePreTrainedModel(StrictLoadingMixin, SelfContainedMixin, PreTrainedModel):
     config: EvaByteConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -192,39 +192,6 @@ class EvaBytePreTrainedModel(SelfContainedMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": EvaByteDecoderLayer}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint that does not fit is an error that names what does not.
-
-        Raises:
-            ValueError: for missing weights and weights of another shape; `ignore_mismatched_sizes=True` accepts them as
-                newly initialised, `output_loading_info=True` returns the names of the missing ones instead.
-            OSError: when a safetensors file is damaged or cut short.
-        """
-        accept = kwargs.pop("ignore_mismatched_sizes", False)
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"A safetensors file of {pretrained_model_name_or_path} is damaged or cut short ({error}); copy or "
-                "download the folder again."
-            ) from error
-        misfits = [] if wants_info else [f"{name} (missing)" for name in sorted(info["missing_keys"])]
-        misfits += [
-            f"{name} (shape {tuple(found)}, expected {tuple(expected)})"
-            for name, found, expected in sorted(info["mismatched_keys"])
-        ]
-        if misfits and not accept:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold the weights of this {cls.__name__}: "
-                f"{', '.join(misfits[:5])}{f' and {len(misfits) - 5} more' if len(misfits) > 5 else ''}. Check that "
-                "the folder is complete and config.json its own, or pass `ignore_mismatched_sizes=True` to initialise "
-                "these weights newly."
-            )
-        return (model, info) if wants_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         """As in transformers, but unless another is asked for, the kernels where there is a GPU to run them."""
@@ -389,7 +356,7 @@ class EvaByteCausalLMOutput(CausalLMOutputWithPast):
 
 
 class EvaByteForCausalLM(
-    StaticGenerationMixin, FusedHeadGuard, MultibyteGenerationMixin, EvaBytePreTrainedModel, GenerationMixin
+    StaticGenerationMixin, StackedHeadsMixin, MultibyteGenerationMixin, EvaBytePreTrainedModel, GenerationMixin
 ):
     """EvaByte with its prediction heads: head h at position t predicts the byte at t + 1 + h."""
 
@@ -397,7 +364,6 @@ class EvaByteForCausalLM(
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _trees_in_static_caches = True
     _trees_in_static_caches = True
 
     def __init__(self, config: EvaByteConfig) -> None:
@@ -500,22 +466,6 @@ class EvaByteForCausalLM(
             "attention keeps summaries of chunks. Use `generate` or `multi_byte_generate` with a padded batch and an "
             "`attention_mask`."
         )
-
-    def _get_resized_lm_head(
-        self, old_lm_head: nn.Linear, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Linear:
-        """The rows of each prediction head resized as transformers resizes an output layer that has one."""
-        if new_num_tokens is None or self.config.num_pred_heads == 1:
-            return super()._get_resized_lm_head(old_lm_head, new_num_tokens, *args, **kwargs)
-        resized, width = [], old_lm_head.in_features
-        for weight in old_lm_head.weight.detach().chunk(self.config.num_pred_heads):
-            head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
-            head.weight = nn.Parameter(weight)
-            resized.append(super()._get_resized_lm_head(head, new_num_tokens, *args, **kwargs).weight.detach())
-        heads = nn.Linear(width, len(resized) * new_num_tokens, bias=False, device="meta")
-        heads.weight = nn.Parameter(torch.cat(resized))
-        heads._is_hf_initialized = True  # type: ignore[assignment]  # so `post_init` keeps what was resized
-        return heads
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:
         shape = tuple(input_shape[:2])

@@ -10,7 +10,7 @@ from test_features import every_model, fresh_model, random_ids
 from transformers import AutoModelForCausalLM
 
 from evabyte import EvaByteForCausalLM, EvaByteTokenizer
-from evabyte.one_head import next_byte_only
+from evabyte.stacked_heads import next_byte_only
 
 
 def next_byte_loss(model, ids) -> float:

@@ -56,7 +56,7 @@ def next_byte_only(model: Any) -> Iterator[Any]:
         model.lm_head, config.num_pred_heads = all_heads, heads
 
 
-class FusedHeadGuard:
+class StackedHeadsMixin:
     """Refuses what would take several heads for one; mixed in before the model's class.
 
     TRL replaces `forward` by one that, asked for `fused_lm_head`, reads the output layer past the model.
@@ -68,6 +68,23 @@ class FusedHeadGuard:
         if name == "forward" and self.config.num_pred_heads > 1:
             value = MethodType(_refuse_fused_head(value), self)  # bound, as accelerate expects it
         super().__setattr__(name, value)
+
+    def _get_resized_lm_head(
+        self, old_lm_head: nn.Linear, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Linear:
+        """The rows of each prediction head resized as transformers resizes an output layer that has one."""
+        resize = super()._get_resized_lm_head  # type: ignore[misc]
+        if new_num_tokens is None or self.config.num_pred_heads == 1:
+            return resize(old_lm_head, new_num_tokens, *args, **kwargs)
+        resized, width = [], old_lm_head.in_features
+        for weight in old_lm_head.weight.detach().chunk(self.config.num_pred_heads):
+            head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
+            head.weight = nn.Parameter(weight)
+            resized.append(resize(head, new_num_tokens, *args, **kwargs).weight.detach())
+        heads = nn.Linear(width, len(resized) * new_num_tokens, bias=False, device="meta")
+        heads.weight = nn.Parameter(torch.cat(resized))
+        heads._is_hf_initialized = True  # type: ignore[assignment]  # so `post_init` keeps what was resized
+        return heads
 
 
 def _refuse_fused_head(forward: Callable[..., Any]) -> Callable[..., Any]:
