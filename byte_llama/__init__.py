@@ -6,6 +6,7 @@ of published checkpoints (`tpu_llama`, `tpu_gemma2`).
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import tokenization_auto
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_byte_llama import ByteGemma2Config, ByteLlamaConfig, TPUGemma2Config, TPULlamaConfig
 from .modeling_byte_gemma2 import ByteGemma2ForCausalLM, ByteGemma2Model
@@ -21,6 +22,8 @@ for _config, _model, _causal_lm in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
+    # The Trainer, when it smooths labels, and pipelines know causal language models by these names.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _causal_lm.__name__
 for _config in (TPULlamaConfig, TPUGemma2Config):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 for _config in (ByteLlamaConfig, ByteGemma2Config, TPULlamaConfig, TPUGemma2Config):

