@@ -39,8 +39,8 @@ class EvaByteConfig(PreTrainedConfig):
         attention_class, init_fn, init_std, init_cutoff_factor, lazy_init, max_seq_length, num_chunks:
             Kept when a published configuration carries them; only `attention_class` is looked at.
         return_dict:
-            Published configurations say `false` although their models return output classes; the value is ignored when
-            a configuration is loaded. Pass `return_dict=False` to a call for a tuple.
+            Published configurations say `false` although their models return output classes; the value is ignored.
+            Pass `return_dict=False` to a call for a tuple.
 
     Raises:
         ValueError: for a combination that EVA cannot compute; the message names the field.
@@ -97,10 +97,7 @@ class EvaByteConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict({key: value for key, value in config_dict.items() if key != "return_dict"}, **kwargs)
+        self.return_dict = True
 
     @property
     def head_dim(self) -> int:

@@ -60,7 +60,7 @@ def test_published_config_is_taken_and_kept(tmp_path):
     converted = {"_name_or_path", "return_dict", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version"}
     for name in PUBLISHED.keys() - converted:
         assert getattr(config, name) == PUBLISHED[name], name
-    assert EvaByteConfig(return_dict=False).return_dict is False
+    assert EvaByteConfig(return_dict=False).return_dict is True
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, EvaByteConfig)
