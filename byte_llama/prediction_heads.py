@@ -263,12 +263,15 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
         """Say which layers `draft="self"` leaves out (see `layers_to_skip`)."""
         self._skipped_layers = SkipLayersDrafter(self, layers).skipped
 
+    def _trees_follow(self, attention_mask: Tensor | None) -> bool:
+        return attention_mask is None or bool((attention_mask.long().diff(dim=-1) >= 0).all())
+
     def _cache_for_trees(self, cache: Cache, attention_mask: Tensor | None) -> TreeCache:
+        if not self._trees_follow(attention_mask):
+            raise ValueError("`attention_mask`: multibyte decoding needs prompts padded on the left.")
         padding = [0] * cache.layers[0].keys.shape[0]
         if attention_mask is not None:
             padding = (attention_mask == 0).sum(-1).tolist()
-            if any(bool(row[:pads].any()) for row, pads in zip(attention_mask, padding, strict=True)):
-                raise ValueError("`attention_mask`: multibyte decoding needs prompts padded on the left.")
         return TreeCache(cache, padding)
 
     def _commit_paths(self, cache: Cache, kept: KeptPaths) -> None:

@@ -290,6 +290,16 @@ class _Run:
         return (sequences, lengths) if return_acc_lengths else sequences
 
 
+def generated_mask(inputs: Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask that `generate` goes by: the caller's, or what the padding id says of the ids."""
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    mask: Tensor | None = kwargs.get("attention_mask")
+    if mask is not None or ids is None or config.pad_token_id is None:
+        return mask
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return None if config.pad_token_id in ends else (ids != config.pad_token_id).long()
+
+
 class MultibyteGenerationMixin:
     """Gives a model with prediction heads `multi_byte_generate`; comes before transformers' classes among the bases."""
 
@@ -380,14 +390,16 @@ class MultibyteGenerationMixin:
             ValueError: `multibyte=True` for what multibyte decoding does not do; the generation config's is no bool.
         """
         if kwargs.get("custom_generate") is None and (
-            multibyte or (multibyte is None and self._goes_by_multibyte(generation_config, kwargs))
+            multibyte or (multibyte is None and self._goes_by_multibyte(inputs, generation_config, kwargs))
         ):
             kwargs["custom_generate"] = multibyte_decoding
         if hasattr(kwargs.get("tokenizer"), "tokenizer"):  # a processor, which servers pass; stop strings ask for more
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    def _goes_by_multibyte(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
+    def _goes_by_multibyte(
+        self, inputs: Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> bool:
         """Whether the generation config asks for multibyte decoding, of a call that it can stand in for."""
         own = self.generation_config  # type: ignore[attr-defined]
         asked = getattr(generation_config, "multibyte", getattr(own, "multibyte", False))
@@ -402,6 +414,7 @@ class MultibyteGenerationMixin:
             and config.use_cache is not False
             and (self._trees_in_static_caches or config.cache_implementation in (None, *DYNAMIC_CACHES))
             and not getattr(config, "is_assistant", False)
+            and self._trees_follow(generated_mask(inputs, config, kwargs))
         )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -410,6 +423,10 @@ class MultibyteGenerationMixin:
         if hasattr(config, "multibyte"):
             config._from_model_config = False  # else transformers, when it reads the file, drops fields not its own
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def _trees_follow(self, attention_mask: Tensor | None) -> bool:
+        """Whether trees can follow prompts of this mask, int64 [B, N], zero at padding; None for no padding."""
+        return True
 
     # -- what the loop asks of a model ---------------------------------------------------------------------------------
 

@@ -141,6 +141,24 @@ def test_the_cache_goes_on(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", ["behind", "within", "by mask"])
+def test_a_generation_config_leaves_other_padding_to_generate(kind, padding):
+    """A padding id that no mask explains is padding to `generate`, wherever it stands."""
+    model, how = with_heads(kind), {"max_new_tokens": 12, "do_sample": False}
+    ids, mask = padded_rows([9, 5])
+    if padding == "by mask":
+        ids, how["attention_mask"] = ids.flip(1), mask.flip(1)
+    else:
+        ids[0, -1 if padding == "behind" else 4] = 6
+    expected = model.generate(ids, **how)
+    model.generation_config.multibyte = True
+    assert torch.equal(model.generate(ids, **how), expected)
+    assert torch.equal(model.generate(input_ids=ids, **how), expected)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(ids, multibyte=True, **how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_heads_learn_alone(kind):
     model = fresh_model(kind)
     trunk = {name: p.clone() for name, p in model.named_parameters()}
