@@ -109,6 +109,10 @@ class EvaStaticCacheLayer(EvaCacheLayer):
         self._check_room(layout)
         return super().update(key_states, value_states, layout, summarize)
 
+    def open_column(self, past: Tensor) -> Tensor:
+        """int64 [B], the column behind the tokens of rows of these lengths, where draft trees begin."""
+        return self.origin + past % self.window_size
+
     def take_paths(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Copy columns `source` to columns `target`, both int64 [B, P], in each of the rows [B, 1]."""
         for states in (self.keys, self.values):

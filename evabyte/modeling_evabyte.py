@@ -364,7 +364,6 @@ class EvaByteForCausalLM(
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _trees_in_static_caches = True
 
     def __init__(self, config: EvaByteConfig) -> None:
         super().__init__(config)

@@ -32,7 +32,7 @@ from .tree_verifier import Frontier, TreeVerifier
 # 0.7, which brought more bytes per forward than 1.0 at 8, 16 and 64 nodes with the bundled model on the texts of
 # examples/benchmarks/heldout.
 GREEDY_DRAFT_TEMPERATURE = 0.6
-DYNAMIC_CACHES = ("dynamic", "dynamic_full", "offloaded")  # names of `cache_implementation`
+TREE_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "static")  # of `cache_implementation`
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 OWN_ARGUMENTS = ("draft", "draft_nodes", "medusa_choices", "typical", "return_acc_lengths", "return_trace")
 
@@ -77,7 +77,7 @@ def multibyte_decoding(
     )
     run.cache_leaves = cache_leaves
     run.trace = [[] for _ in input_ids] if return_trace else None
-    model._reserve_for_trees(model_kwargs.get("past_key_values"), drafter)
+    model_kwargs["past_key_values"] = model._reserve_for_trees(model_kwargs.get("past_key_values"), drafter)
     run.prefill(input_ids, model_kwargs)
     while model._has_unfinished_sequences(not run.rows.active, synced_gpus, device=input_ids.device):
         run.step()
@@ -368,8 +368,6 @@ class MultibyteGenerationMixin:
             **kwargs,
         )
 
-    _trees_in_static_caches = False  # whether the model can verify trees against a cache of fixed size
-
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -412,7 +410,7 @@ class MultibyteGenerationMixin:
             config.get_generation_mode(kwargs.get("assistant_model")) in SUPPORTED_MODES
             and config.guidance_scale in (None, 1)
             and config.use_cache is not False
-            and (self._trees_in_static_caches or config.cache_implementation in (None, *DYNAMIC_CACHES))
+            and config.cache_implementation in TREE_CACHES
             and not getattr(config, "is_assistant", False)
             and self._trees_follow(generated_mask(inputs, config, kwargs))
         )
@@ -435,9 +433,10 @@ class MultibyteGenerationMixin:
         depth = self.config.num_pred_heads - 1  # type: ignore[attr-defined]
         return make_drafter(name or "dynamic", depth, self.device, batch, nodes)  # type: ignore[attr-defined]
 
-    def _reserve_for_trees(self, cache: Cache | None, drafter: Drafter) -> None:
-        """Make room for a drafter's trees in a cache of fixed size that does not hold the prompts yet."""
+    def _reserve_for_trees(self, cache: Cache | None, drafter: Drafter) -> Cache | None:
+        """The cache that the prompts are to be read into; one of fixed size with room for a drafter's trees."""
         reserve_nodes(cache, tree_bounds(drafter).nodes)
+        return cache
 
     def _tree_verifier(self, cache: Cache, drafter: Drafter, generation_config: GenerationConfig) -> TreeVerifier:
         """What drafts and verifies trees against `_cache_for_trees`'s cache."""

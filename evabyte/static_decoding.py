@@ -2,10 +2,12 @@
 
 A step of multibyte decoding keeps the last trees' paths, drafts the next trees, and runs the model over them, in one
 function whose inputs have fixed shapes and addresses: `torch.compile` makes one graph of it, on CUDA a CUDA graph. The
-host sends one small tensor a step, which says where each row stands, and fetches one, the chosen bytes.
+host sends one small tensor a step, which says where each row stands, and fetches one, the chosen bytes. What a model
+does with the trees is its own (`_verify_static`).
 
-Steps never cross a window's border: nodes beyond it are made unreachable, so that the walk stops there. When a row has
-reached the border the host, which knows all lengths, has its window summarised by a call of its own, eagerly.
+With EVA attention steps never cross a window's border: nodes beyond it are made unreachable, so that the walk stops
+there. When a row has reached the border the host, which knows all lengths, has its window summarised by a call of its
+own, eagerly.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from transformers.generation import CompileConfig, GenerationConfig
 from .byte_tree import ABSENT, DraftTrees, ancestor_mask
 from .drafters import Drafter, Fill, TensorDrafter
 from .eva_cache import KeptPaths
-from .eva_static_cache import EvaStaticCacheLayer, count_in_all, static_layers
+from .eva_static_cache import EvaStaticCacheLayer, count_in_all
 from .eva_static_layout import StaticLayout
 from .tree_verifier import Frontier, TreeVerifier
 
@@ -47,26 +49,28 @@ def _layout(layer: EvaStaticCacheLayer, past: Tensor, depth: Tensor, among_new: 
     return StaticLayout(past, depth, among_new, *sizes)
 
 
-def _take_paths(layers: Sequence[EvaStaticCacheLayer], control: Tensor) -> Tensor:
+def take_paths(layers: Sequence[Any], control: Tensor) -> Tensor:
     """Bring the nodes that are kept of the last trees behind the cached tokens; -> int64 [B], tokens with them."""
     past, count, path = control[:, PAST], control[:, COUNT], control[:, PATH:]
     rows = torch.arange(control.shape[0], device=control.device)[:, None]
-    start = (layers[0].origin + past % layers[0].window_size)[:, None]
+    start = layers[0].open_column(past)[:, None]
     target = start + torch.arange(path.shape[1], device=control.device)
     for layer in layers:
         layer.take_paths(rows, start + path, target)
     return past + count
 
 
-def _verify(model: Any, cache: Cache, past: Tensor, ids: Tensor, parents: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """-> logits [B, T, heads, vocab]; parents [B, T], nodes beyond the window's border absent; mask [B or 1, T, T]."""
+def verify_in_window(
+    model: Any, cache: Cache, past: Tensor, ids: Tensor, parents: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_verify_static` with EVA attention: nodes beyond the window's border are absent from the parents returned."""
     depth = mask.sum(-1) - 1
     layer: Any = cache.layers[0]
     inside = (past % layer.window_size)[:, None] + depth < layer.window_size
     parents = torch.where(inside, parents, ABSENT)
     layout = _layout(layer, past, depth, mask)
     hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True, layout=layout).last_hidden_state
-    return model.predict(hidden).float(), parents, mask
+    return model.predict(hidden).float(), parents
 
 
 def draft_and_verify(
@@ -81,12 +85,12 @@ def draft_and_verify(
     Returns:
         ids and parents int64 [B, T], and the mask bool [B or 1, T, T]; the logits are in `state`.
     """
-    past = _take_paths(cache.layers, control)
+    past = take_paths(cache.layers, control)
     rows = torch.arange(control.shape[0], device=control.device)
     trees = fill(control[:, ROOT_BYTE], state.logits[rows, control[:, LAST_NODE], 1:], state.temperature)
     known = trees.known_mask
     mask = ancestor_mask(trees.parents, trees.max_depth) if known is None else known
-    logits, parents, mask = _verify(model, cache, past, trees.ids, trees.parents, mask)
+    logits, parents = model._verify_static(cache, past, trees.ids, trees.parents, mask)
     state.logits[:, : logits.shape[1]] = logits
     return trees.ids, parents, mask
 
@@ -95,9 +99,9 @@ def verify_given(
     model: Any, cache: Any, state: StepState, control: Tensor, ids: Tensor, parents: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with trees that were drafted outside: ids, parents int64 [B, T]."""
-    past = _take_paths(cache.layers, control)
+    past = take_paths(cache.layers, control)
     mask = ancestor_mask(parents, ids.shape[1] - 1)
-    logits, parents, mask = _verify(model, cache, past, ids, parents, mask)
+    logits, parents = model._verify_static(cache, past, ids, parents, mask)
     state.logits[:, : logits.shape[1]] = logits
     return ids, parents, mask
 
@@ -134,14 +138,24 @@ def model_state(model: Any) -> int | None:
     at them once a run is enough: within one call of `generate` nobody changes the model.
     """
     facts: list[Any] = [model.config.to_json_string(), model.config._attn_implementation]
+    own = type(model).__module__
     for module in model.modules():
         place = type(module).__module__
-        plain = place == type(model).__module__ or place.startswith(("torch.nn.modules.", "transformers.activations"))
+        plain = place == own or place.rpartition(".")[0] == (own.rpartition(".")[0] or own)
+        plain = plain or place.startswith(("torch.nn.modules.", "transformers.activations", "transformers.models."))
         if not plain or module._forward_hooks or module._forward_pre_hooks:
             return None
         facts.append((type(module), module.training))
     facts += [(type(each), type(each.data), each.shape, each.dtype, each.device) for each in model.parameters()]
     return hash(tuple(facts))
+
+
+def may_compile(model: Any, generation_config: GenerationConfig) -> bool:
+    """Whether steps on a static cache are to be compiled: as transformers decides it, but on a CPU, too."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    one_device = len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
+    compileable = one_device and (quantizer is None or quantizer.is_compileable)
+    return compileable and not generation_config.disable_compile
 
 
 class CompiledSteps:
@@ -199,8 +213,8 @@ class StaticVerifier(TreeVerifier):
 
     def __init__(self, model: Any, cache: Cache, drafter: Drafter, generation_config: GenerationConfig) -> None:
         super().__init__(model, cache, drafter)
-        self.layers = static_layers(cache)
-        compile_steps = model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config)
+        self.layers: list[Any] = cache.layers
+        compile_steps = may_compile(model, generation_config)
         self.run = CompiledSteps(model, generation_config.compile_config, compile_steps)
         batch, device, config = len(self.layers[0].lengths), model.device, model.config
         shape = (batch, self.layers[0].tree_nodes, config.num_pred_heads, config.vocab_size)
@@ -234,7 +248,7 @@ class StaticVerifier(TreeVerifier):
             drafted = self.draft(frontier)
             arguments, max_depth, sources = self._padded(drafted), drafted.max_depth, drafted.sources
             function, key = verify_given, (arguments[0].shape[1],)
-        control = self._control(frontier)
+        control = self._control(frontier.roots, frontier.nodes)
         key = (*key, control.shape, self.state.logits.shape)
         ids, parents, mask = self.run(function, key, self.cache, self.state, control, *arguments)
         nodes = ids.shape[1]
@@ -242,12 +256,12 @@ class StaticVerifier(TreeVerifier):
             sources = torch.nn.functional.pad(sources, (0, nodes - sources.shape[1]))
         return DraftTrees(ids, parents, max_depth, sources, known_mask=mask), self.state.logits[:, :nodes]
 
-    def _control(self, frontier: Frontier) -> Tensor:
+    def _control(self, roots: list[int], nodes: list[int]) -> Tensor:
         """What the host says at a step, see `draft_and_verify`."""
         width, table, kept = self.max_depth + 1, [], self.kept
         for row, past in enumerate(self.past):
             path = [] if kept is None else kept.paths[row]
-            table.append([past, len(path), frontier.roots[row], frontier.nodes[row], *path, *range(len(path), width)])
+            table.append([past, len(path), roots[row], nodes[row], *path, *range(len(path), width)])
         return torch.tensor(table, device=self.state.logits.device)
 
     def _padded(self, trees: DraftTrees) -> tuple[Tensor, Tensor]:
@@ -274,9 +288,6 @@ class StaticVerifier(TreeVerifier):
     def finish(self) -> Cache | None:
         """The cache with the last paths in place."""
         if self.kept is not None:
-            lengths = self.layers[0].lengths
-            for layer in self.layers:
-                layer.lengths = self.past
-                layer.move(self.kept)
-                layer.lengths = lengths
+            nothing = [0] * len(self.past)
+            take_paths(self.layers, self._control(nothing, nothing))
         return super().finish()

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .drafters import Drafter
 from .eva_cache import KeptPaths
 from .eva_static_cache import EvaStaticCache, count_in_all, static_layers
-from .static_decoding import CompiledSteps, StaticVerifier, next_byte_logits
+from .static_decoding import CompiledSteps, StaticVerifier, may_compile, next_byte_logits, verify_in_window
 from .tree_verifier import TreeVerifier
 
 
@@ -51,11 +51,7 @@ class StaticGenerationMixin:
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
         """As in transformers, but a static cache is enough to compile, on a CPU too."""
-        if not static_layers(model_kwargs.get("past_key_values")) or generation_config.disable_compile:
-            return False
-        quantizer = getattr(self, "hf_quantizer", None)
-        one_device = len(set((getattr(self, "hf_device_map", None) or {}).values())) <= 1
-        return one_device and (quantizer is None or quantizer.is_compileable)
+        return bool(static_layers(model_kwargs.get("past_key_values"))) and may_compile(self, generation_config)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         """`self.__call__`, compiled where `generate` reads one byte per row into a static cache."""
@@ -68,6 +64,20 @@ class StaticGenerationMixin:
         eager = copy(generation_config)
         eager.disable_compile = True
         return super()._prefill(input_ids, eager, model_kwargs, **kwargs)  # type: ignore[misc]
+
+    def _verify_static(
+        self, cache: Cache, past: Tensor, ids: Tensor, parents: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model over trees behind `past` int64 [B] tokens, within one graph.
+
+        Args:
+            ids, parents: int64 [B or 1, T].
+            mask: bool [B or 1, T, T], see `DraftTrees.mask`.
+
+        Returns:
+            logits float32 [B, T, heads, vocab]; the parents, with nodes that the walk may not reach absent.
+        """
+        return verify_in_window(self, cache, past, ids, parents, mask)
 
     def _tree_verifier(self, cache: Cache, drafter: Drafter, generation_config: GenerationConfig) -> TreeVerifier:
         layers = static_layers(cache)
