@@ -121,9 +121,9 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
         assert sorted(os.listdir(tmp_path)) == ["published"]
 
     refused(ValueError, "lacks 11 weights", num_hidden_layers=3)
-    refused(
-        ValueError, r"_proj.weight of shape \[96, 64\]; its config.json asks for \[100, 64\]", intermediate_size=100
-    )
+    # Which of the weights is named first depends on the release of transformers.
+    shapes = r"_proj.weight of shape \[.*96.*\]; its config.json asks for \[.*100.*\]"
+    refused(ValueError, shapes, intermediate_size=100)
     refused(ValueError, "is a 'llama' model", model_type="llama", auto_map={})
     shard = next(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
