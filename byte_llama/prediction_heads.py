@@ -277,6 +277,9 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
     def _commit_paths(self, cache: Cache, kept: KeptPaths) -> None:
         cache.commit(kept)
 
+    def _append_rows(self, cache: Cache, others: Sequence[Cache]) -> None:
+        cache.append_rows(others)
+
     def _cache_after_trees(self, cache: Cache) -> Cache | None:
         return cache.restore()
 

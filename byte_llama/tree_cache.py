@@ -160,6 +160,21 @@ class TreeCacheLayer(CacheLayerMixin):
         index = rows.to(self.device)
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
 
+    def append_rows(self, others: Sequence["TreeCacheLayer"], lengths: list[int]) -> None:
+        """Let the rows of other layers follow this one's; `lengths` are all rows' then."""
+        layers = (self, *others)
+        first = min(layer.first_slot for layer in layers)
+        if self.window is not None:
+            first = max(first, min(lengths) - self.window + 1)  # no row looks back beyond it
+        end = max(layer.first_slot + layer.keys.shape[2] for layer in layers)
+        end = min(end, 2 * max(lengths))  # not what a much longer row that has left once needed
+        # Columns that a row lacks in front are further back than it looks.
+        more = [(0, 0, each.first_slot - first, end - each.first_slot - each.keys.shape[2]) for each in layers]
+        pad = torch.nn.functional.pad
+        self.keys = torch.cat([pad(layer.keys, room) for layer, room in zip(layers, more, strict=True)])
+        self.values = torch.cat([pad(layer.values, room) for layer, room in zip(layers, more, strict=True)])
+        self.first_slot = first
+
 
 class TreeHistory(ByteHistory):
     """The byte ids before each row's next node, for the subword expansion of nodes; follows commits.
@@ -204,6 +219,10 @@ class TreeHistory(ByteHistory):
             (nodes.index_select(0, index), [counts[row] for row in order]) for nodes, counts in self.committed
         ]
 
+    def append_rows(self, others: Sequence["TreeHistory"]) -> None:
+        self.recent = torch.cat([history.tail() for history in (self, *others)])
+        self.written, self.committed = self.recent[:, :0], []
+
     def append_to(self, source: ByteHistory) -> None:
         """Add all that was committed, equally much in every row, to the history of the other cache."""
         if self.committed:
@@ -228,7 +247,7 @@ class TreeCache(Cache):
     def __init__(self, cache: Cache, padding: Sequence[int]) -> None:
         slots = cache.get_seq_length()
         self.rows = TreeRows([slots] * len(padding), list(padding))
-        self.source = cache
+        self.source: Cache | None = cache
         histories = [layer for layer in cache.layers if type(layer) is ByteHistory]
         decoder: list[Any] = [self._layer(layer) for layer in cache.layers if type(layer) is not ByteHistory]
         self.eva_layers = [layer for layer in decoder if is_eva(layer)]
@@ -314,9 +333,25 @@ class TreeCache(Cache):
         self.rows.padding = [self.rows.padding[row] for row in kept]
         self.rows.move([self.rows.lengths[row] for row in kept])
 
+    def append_rows(self, others: Sequence["TreeCache"]) -> None:
+        """Let the rows of other caches of the same model follow this one's."""
+        lengths = [length for cache in (self, *others) for length in cache.rows.lengths]
+        for place, layer in enumerate(self.decoder_layers):
+            layer.append_rows([cache.decoder_layers[place] for cache in others], lengths)
+        for place, history in enumerate(self.histories):
+            history.append_rows([cache.histories[place] for cache in others])
+        for place, eva_layer in enumerate(self.eva_layers):
+            eva_layer.append_rows([cache.eva_layers[place] for cache in others])
+        self.source = None
+        self.rows.padding = [pads for cache in (self, *others) for pads in cache.rows.padding]
+        self.rows.move(lengths)
+
     def restore(self) -> Cache | None:
-        """The cache this one was made of, holding what has been committed; None for rows of unequal length."""
-        if not self.rows.even:
+        """The cache this one was made of, holding what has been committed.
+
+        None for rows of unequal length, and once rows of other caches have joined.
+        """
+        if self.source is None or not self.rows.even:
             return None
         histories = [layer for layer in self.source.layers if type(layer) is ByteHistory]
         decoder = [layer for layer in self.source.layers if type(layer) is not ByteHistory and not is_eva(layer)]

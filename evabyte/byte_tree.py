@@ -4,7 +4,7 @@ Node 0 is the root, the byte that was emitted last and that the model has not re
 d-th byte after it. Parents come before their children.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -83,6 +83,29 @@ class DraftTrees:
             max(self.max_depth, chains.shape[1]),
             torch.cat((sources.expand(batch, -1), added), dim=1),
         )
+
+
+def walk_tree(
+    ids: Sequence[int], parents: Sequence[int], pick: Callable[[int], int], emit: Callable[[int], bool]
+) -> list[int]:
+    """Step from the root on to the child that carries the byte picked, as long as there is one.
+
+    Args:
+        ids, parents: of one row's nodes, as in `DraftTrees`.
+        pick: the byte to take at a node.
+        emit: takes it; says whether the text ends there.
+
+    Returns:
+        the nodes at which a byte was picked, root first.
+    """
+    children = {(parent, byte): node for node, (parent, byte) in enumerate(zip(parents, ids, strict=True))}
+    path: list[int] = []
+    node: int | None = 0
+    while node is not None:
+        path.append(node)
+        byte = pick(node)
+        node = None if emit(byte) else children.get((node, byte))
+    return path
 
 
 def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:

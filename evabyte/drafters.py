@@ -40,7 +40,11 @@ class DraftContext:
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes trees. A drafter that keeps state between steps goes by `DraftContext.rows`, and serves one run."""
+    """Proposes trees. A drafter that keeps state between steps goes by `DraftContext.rows`, and serves one run.
+
+    It may have `resized(nodes)`, the same drafter with trees of another size, and `forget(row)`, which is called when a
+    row will not come again.
+    """
 
     def draft(self, context: DraftContext) -> DraftTrees:
         """One tree per row of `context.root`."""
@@ -134,6 +138,10 @@ class DynamicDrafter:
         fill = self.fill_on(context.root.device, context.head_logits.shape[-1])
         return fill(context.root, context.head_logits, context.temperature)
 
+    def resized(self, nodes: int) -> "DynamicDrafter":
+        """The same drafter of so many nodes."""
+        return DynamicDrafter(nodes)
+
     def fill_on(self, device: torch.device, vocab_size: int) -> Fill:
         width = min(self.nodes, vocab_size)
         return BestNodes(self.nodes, width, *_rank_pairs(width, device))
@@ -226,6 +234,11 @@ class LookupDrafter:
                     return text[place : place + self.length]
         return []
 
+    def forget(self, row: int) -> None:
+        """Drop what is known of a row that has ended for good."""
+        self._seen.pop(row, None)
+        self._read.pop(row, None)
+
     def chains(self, context: DraftContext) -> tuple[Tensor, Tensor]:
         """Continuations int64 [B, L] and their lengths [B]."""
         found = [self.continuation(row, text) for row, text in zip(context.rows, context.texts, strict=True)]
@@ -257,10 +270,24 @@ class UnionDrafter:
         first, second = tree_bounds(self.first), self.second.bounds
         return TreeBounds(first.nodes + second.nodes - 1, max(first.depth, second.depth))
 
+    def resized(self, nodes: int) -> "UnionDrafter":
+        """The same drafter, the tree from the heads being of so many nodes."""
+        return UnionDrafter(resized(self.first, nodes), self.second)
+
+    def forget(self, row: int) -> None:
+        """Drop what is known of a row that has ended for good."""
+        self.second.forget(row)
+
     def draft(self, context: DraftContext) -> DraftTrees:
         trees = self.first.draft(context)
         chains, lengths = self.second.chains(context)
         return trees.with_chains(chains, lengths, source=1) if chains.shape[1] else trees
+
+
+def resized(drafter: Drafter, nodes: int) -> Drafter:
+    """A drafter with trees of so many nodes, if it is one whose trees have no size of their own."""
+    resize = getattr(drafter, "resized", None)
+    return drafter if resize is None else resize(nodes)
 
 
 def default_nodes(device: torch.device, batch: int) -> int:

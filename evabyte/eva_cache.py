@@ -11,6 +11,7 @@ that `crop` can open it again.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -86,6 +87,7 @@ class EvaCacheLayer(CacheLayerMixin):
         self.padding: Tensor | None = None  # bool [B, slots] on the host, once some slot was padding
         self.origin = 0
         self.closed_windows: list[deque[tuple[Tensor, Tensor]]] = []
+        self.keeps_closed_windows = True
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -306,7 +308,8 @@ class EvaCacheLayer(CacheLayerMixin):
         """Remember the raw tokens of a window that closes, and of no earlier one unless the past is recorded."""
         if not self.record_past:
             windows.clear()
-        windows.append((keys.detach().clone(), values.detach().clone()))
+        if self.keeps_closed_windows:
+            windows.append((keys.detach().clone(), values.detach().clone()))
 
     def _reserve(self, summaries: int, tokens: int) -> None:
         """Make room for so many summaries before the origin and tokens behind it; doubling makes copies rare."""
@@ -431,6 +434,31 @@ class EvaCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows: int64 indices, or a bool mask over the rows."""
         self._take_rows(torch.arange(len(self.lengths))[indices.cpu()])
+
+    def append_rows(self, others: Sequence["EvaCacheLayer"]) -> None:
+        """Let the rows of other layers follow this one's.
+
+        Where padding stood is forgotten (all of it is taken to stand in front), and so are the raw tokens of closed
+        windows, from here on: a batch that rows join and leave is not cropped.
+
+        Raises:
+            ValueError: for layers that hold nothing yet.
+        """
+        layers = (self, *others)
+        if not all(layer.is_initialized for layer in layers):
+            raise ValueError("`append_rows` joins layers that hold tokens: run the model on each of them before.")
+        origin = max(layer.origin for layer in layers)
+        behind = max(layer.keys.shape[2] - layer.origin for layer in layers)
+        room = [(0, 0, origin - layer.origin, behind + layer.origin - layer.keys.shape[2]) for layer in layers]
+        pad = torch.nn.functional.pad
+        self.keys = torch.cat([pad(layer.keys, more) for layer, more in zip(layers, room, strict=True)])
+        self.values = torch.cat([pad(layer.values, more) for layer, more in zip(layers, room, strict=True)])
+        self.origin = origin
+        self.lengths = tuple(length for layer in layers for length in layer.lengths)
+        self.slots = max(self.lengths)
+        missing = self.slots - torch.tensor(self.lengths)[:, None]
+        self.padding = torch.arange(self.slots) < missing if bool(missing.any()) else None
+        self.closed_windows, self.keeps_closed_windows = [deque() for _ in self.lengths], False
 
 
 def eva_layers(cache: Cache, num_layers: int) -> list[EvaCacheLayer]:

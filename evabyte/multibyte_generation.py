@@ -7,6 +7,7 @@ output equals `generate`'s, sampled output has its distribution, and at batch si
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .byte_tree import ROOT, DraftTrees
+from .byte_tree import ROOT, DraftTrees, walk_tree
 from .drafters import Drafter, choose_drafter, make_drafter, tree_bounds
 from .eva_cache import KeptPaths
 from .eva_static_cache import reserve_nodes
 from .multibyte_output import MultibyteGenerateOutput, Step, by_step
 from .next_byte import PREFIX_FREE, GrowingRows, NextByte, NodeDraws, TypicalAcceptance
+from .prepared_call import PreparedCall, prepared_call
 from .tree_verifier import Frontier, TreeVerifier
 
 # The most probable byte is taken more often than its probability says, so drafts may bet on it. Chosen between 0.5 and
@@ -206,21 +208,14 @@ class _Run:
     def _walk_row(
         self, row: int, ids: list[int], parents: list[int], picks: list[int], accepted: list[float] | None
     ) -> list[int]:
-        children = {(parent, byte): node for node, (parent, byte) in enumerate(zip(parents, ids, strict=True))}
-        path, node = [], 0
-        while True:
-            byte = picks[node]
+        def pick(node: int) -> int:
             if accepted is not None:  # lossy: the most probable accepted child, if there is one
-                best = max(
-                    (n for n, parent in enumerate(parents) if parent == node), key=accepted.__getitem__, default=0
-                )
-                byte = ids[best] if best and accepted[best] > 0 else byte
-            path.append(node)
-            self.rows.append(row, byte)
-            child = children.get((node, byte))
-            if child is None or self.rows.finished[row]:
-                return path
-            node = child
+                mine = (n for n, parent in enumerate(parents) if parent == node)
+                best = max(mine, key=accepted.__getitem__, default=0)
+                return ids[best] if best and accepted[best] > 0 else picks[node]
+            return picks[node]
+
+        return walk_tree(ids, parents, pick, partial(self.rows.append, row))
 
     def _walk_byte_by_byte(self, trees: DraftTrees, logits: Tensor) -> list[list[int]]:
         """Process the scores of one node of every row after the other, since processors look at the text so far."""
@@ -426,6 +421,11 @@ class MultibyteGenerationMixin:
         """Whether trees can follow prompts of this mask, int64 [B, N], zero at padding; None for no padding."""
         return True
 
+    def _prepared_call(self, input_ids: Tensor, **options: Any) -> PreparedCall:
+        """What `multi_byte_generate(input_ids, **options)` would decode by."""
+        call: PreparedCall = self.generate(input_ids, custom_generate=prepared_call, **options)
+        return call
+
     # -- what the loop asks of a model ---------------------------------------------------------------------------------
 
     def make_drafter(self, name: str | None, batch: int, nodes: int | None = None) -> Drafter:
@@ -451,6 +451,11 @@ class MultibyteGenerationMixin:
         for layer in cache.layers:
             layer.commit(kept)
 
+    def _append_rows(self, cache: Cache, others: Sequence[Cache]) -> None:
+        """Let the rows of other caches that `_cache_for_trees` made follow a cache's rows."""
+        for layer, *joining in zip(cache.layers, *(other.layers for other in others), strict=True):
+            layer.append_rows(joining)
+
     def _cache_after_trees(self, cache: Cache) -> Cache | None:
         """The cache to return, for further calls of the model or `generate`, made of `_cache_for_trees`'s."""
         return cache
@@ -461,7 +466,7 @@ class MultibyteGenerationMixin:
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> dict[str, Any]:
         """Hand a streamer to our decoding method too; transformers keeps it from callables."""
-        if custom_generate is not multibyte_decoding:
+        if custom_generate not in (multibyte_decoding, prepared_call):
             return super()._extract_generation_mode_kwargs(  # type: ignore[misc]
                 custom_generate, kwargs, synced_gpus, assistant_model, streamer
             )

@@ -70,8 +70,8 @@ class GrowingRows:
         """The rows that have not ended."""
         return [row for row, finished in enumerate(self.finished) if not finished]
 
-    def append(self, row: int, byte: int) -> None:
-        """Emit a byte; the row ends if a stopping criterion says so, looking at its text up to this byte."""
+    def append(self, row: int, byte: int) -> bool:
+        """Emit a byte; -> whether the row ends, since a stopping criterion says so of its text up to this byte."""
         text = self.texts[row]
         text.append(byte)
         self.finished[row] = (
@@ -79,6 +79,7 @@ class GrowingRows:
             or (self.max_length is not None and len(text) >= self.max_length)
             or any(self._stops(criterion, row) for criterion in self.other_criteria)
         )
+        return self.finished[row]
 
     def _stops(self, criterion: Any, row: int) -> bool:
         # All rows are passed, since a criterion may go by a row's number; those of other lengths are ignored.
@@ -164,6 +165,31 @@ class NextByte:
         if not self.do_sample:
             return scores.argmax(dim=-1)
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+class RowNoise:
+    """The exponential noise of one row's draws, as torch.multinomial would draw it, from a generator of its own.
+
+    With it `probs / noise` is largest at the byte that `generate` draws at batch size 1 from the same seed. What was
+    drawn ahead and not used stays for the next walk.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.shape = (1, vocab_size)
+        self.drawn: list[Tensor] = []
+
+    def ahead(self, count: int) -> Tensor:
+        """float32 [count, vocab], of the next draws."""
+        while len(self.drawn) < count:
+            self.drawn.append(
+                torch.empty(self.shape, device=self.generator.device).exponential_(generator=self.generator)
+            )
+        return torch.cat(self.drawn[:count])
+
+    def use(self, count: int) -> None:
+        """Leave the next `count` draws behind."""
+        del self.drawn[:count]
 
 
 class NodeDraws:

@@ -4,6 +4,7 @@ What the loop of `multibyte_generation.py` asks of a model. `TreeVerifier` serve
 `forward(draft_tree=...)`; `static_decoding.py` has one for caches of fixed size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,10 @@ class TreeVerifier:
     def select_rows(self, rows: list[int]) -> None:
         """Keep only these rows."""
         self.cache.batch_select_indices(torch.tensor(rows))
+
+    def append_rows(self, others: Sequence[Cache]) -> None:
+        """Let the rows of other caches, made as this one was, follow the batch's."""
+        self.model._append_rows(self.cache, others)
 
     def finish(self) -> Cache | None:
         """The cache to return, for further calls of the model or `generate`."""
