@@ -442,11 +442,13 @@ class EvaCacheLayer(CacheLayerMixin):
         windows, from here on: a batch that rows join and leave is not cropped.
 
         Raises:
-            ValueError: for layers that hold nothing yet.
+            ValueError: for layers that hold nothing yet, and those of fixed size.
         """
         layers = (self, *others)
-        if not all(layer.is_initialized for layer in layers):
-            raise ValueError("`append_rows` joins layers that hold tokens: run the model on each of them before.")
+        if not all(layer.is_initialized and not layer.is_compileable for layer in layers):
+            raise ValueError(
+                "`append_rows` joins layers of dynamic caches that hold tokens: run the model on each first."
+            )
         origin = max(layer.origin for layer in layers)
         behind = max(layer.keys.shape[2] - layer.origin for layer in layers)
         room = [(0, 0, origin - layer.origin, behind + layer.origin - layer.keys.shape[2]) for layer in layers]

@@ -84,6 +84,50 @@ def test_every_node_is_its_text_alone(kind, lengths, rounds, seed):
         cache.commit(KeptPaths(paths))
 
 
+@settings(max_examples=15)
+@given(
+    kind=st.sampled_from(["llama", "gemma2"]),
+    batches=st.lists(st.lists(st.integers(1, 25), min_size=1, max_size=2), min_size=2, max_size=3),
+    rounds=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_rows_of_other_caches_join(kind, batches, rounds, seed):
+    model, generator = model_of(kind), torch.Generator().manual_seed(seed)
+    texts = [[torch.randint(1, 50, (n,), generator=generator).tolist() for n in lengths] for lengths in batches]
+    cache, *others = [prefilled(model, each) for each in texts]
+    texts = [text for each in texts for text in each]
+    cache.append_rows(others)
+    assert cache.restore() is None
+    for _ in range(rounds):
+        ids = torch.randint(1, 50, (len(texts), 4), generator=generator)
+        _, mask = random_trees(len(texts), 4, generator)
+        logits = verify(model, cache, ids, DraftTree.from_mask(mask))
+        paths = []
+        for row, text in enumerate(texts):
+            path = mask[row, 3].nonzero().flatten().tolist()
+            alone = model(torch.tensor([text + ids[row, path].tolist()])).logits[0, -1]
+            torch.testing.assert_close(logits[row, 3], alone, atol=2e-5, rtol=1e-4)
+            paths.append(path[: int(torch.randint(0, len(path) + 1, (), generator=generator))])
+            text += ids[row, paths[-1]].tolist()
+        if any(paths):
+            cache.commit(KeptPaths(paths))
+
+
+@torch.no_grad()
+def test_columns_that_nobody_looks_at_go_as_rows_join():
+    model = model_of("gemma2")  # its first layer looks 7 positions back, its second everywhere
+    cache = prefilled(model, [[3] * 100])
+    cache.append_rows([prefilled(model, [[4] * 90]), prefilled(model, [[5] * 95])])
+    assert [layer.keys.shape[2] for layer in cache.decoder_layers[:2]] == [100 - (90 - 6), 100]
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.append_rows([prefilled(model, [[6] * 8])])
+    assert [layer.keys.shape[2] for layer in cache.decoder_layers[:2]] == [100 - (8 - 6), 100]
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.append_rows([prefilled(model, [[7] * 8])])
+    assert [layer.keys.shape[2] for layer in cache.decoder_layers[:2]] == [16 - (8 - 6), 16]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @torch.no_grad()
 def test_pending_chains_and_rows_that_leave(kind):

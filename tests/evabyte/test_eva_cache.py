@@ -8,6 +8,7 @@ from tiny import logits_alone, pad_rows, random_ids, tiny_model
 from transformers import DynamicCache
 
 from evabyte.eva_cache import KeptPaths
+from evabyte.eva_static_cache import EvaStaticCache
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 backends = st.sampled_from(["sdpa", "naive"])
@@ -198,6 +199,49 @@ def test_trees_on_any_state(lengths, rounds, nodes, sizes, backend):
     logits = step(model, cache, probe)
     for b, row in enumerate(rows):
         torch.testing.assert_close(logits[b], logits_alone(model, torch.cat((row, probe[b])))[-2:], **TOLERANCE)
+
+
+@given(
+    batches=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2), min_size=2, max_size=3),
+    more=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    sizes=windows,
+)
+def test_rows_of_other_caches_join(batches, more, sizes):
+    model, rows, caches = tiny_model(*sizes), [], []
+    for lengths in batches:
+        joining = [random_ids(n, seed=len(rows) + place) for place, n in enumerate(lengths)]
+        ids, mask = pad_rows(joining, [0] * len(joining), max(lengths))
+        caches.append(new_cache(model))
+        step(model, caches[-1], ids, attention_mask=mask)
+        rows += joining
+    cache, *others = caches
+    for layer, *joining in zip(cache.layers, *(other.layers for other in others), strict=True):
+        layer.append_rows(joining)
+    for count in more:
+        new = random_ids(len(rows), count, seed=count)
+        logits = step(model, cache, new)
+        for row, tokens in enumerate(rows):
+            rows[row] = torch.cat((tokens, new[row]))
+            torch.testing.assert_close(logits[row], logits_alone(model, rows[row])[-count:], **TOLERANCE)
+    assert cache.layers[0].lengths == tuple(map(len, rows))
+    assert cache.get_seq_length() == max(map(len, rows))
+    assert not any(cache.layers[0].closed_windows)
+    if min(len(row) % sizes[0] for row in rows):  # within the open windows there is a way back
+        cache.crop(-1)
+        logits = step(model, cache, torch.stack([row[-1:] for row in rows]))
+        for row, tokens in enumerate(rows):
+            torch.testing.assert_close(logits[row, -1], logits_alone(model, tokens)[-1], **TOLERANCE)
+
+
+def test_rows_cannot_join_what_is_empty_or_of_fixed_size():
+    model = tiny_model()
+    filled, empty = new_cache(model), new_cache(model)
+    fixed = EvaStaticCache(model.config, 64)
+    step(model, filled, random_ids(1, 5))
+    step(model, fixed, random_ids(1, 5))
+    for one, other in ((filled, empty), (empty, filled), (fixed, filled), (filled, fixed)):
+        with pytest.raises(ValueError, match="dynamic caches that hold tokens"):
+            one.layers[0].append_rows([other.layers[0]])
 
 
 def test_memory_grows_by_a_summary_per_chunk():
