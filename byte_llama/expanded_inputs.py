@@ -173,10 +173,16 @@ class ExpandedGenerationMixin:
         return super().get_submodule(target)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # `generate` takes them only where this signature names them
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; keeps what the 2D mask says of the new ids, for caches that want a 4D one."""
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
         if self.config.expand_input_ids and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             # Copied, because the strides of a view grow with the mask, and compiled steps would never be the same.

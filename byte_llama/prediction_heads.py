@@ -23,6 +23,8 @@ from evabyte.multibyte_generation import MultibyteGenerationMixin
 from evabyte.multibyte_loss import multibyte_loss, shift_for_heads
 
 from .self_speculation import SkipLayersDrafter
+from .static_tree_cache import PromptCache, StaticTreeCache
+from .static_trees import StaticTreesMixin
 from .subword_drafter import SubwordDrafter, subwords_of
 from .subword_expansion import parents_of
 from .tree_cache import TreeCache
@@ -63,7 +65,7 @@ class PredictionHead(nn.Module):
         return self.lm_head(hidden_states)
 
 
-class PredictionHeadsMixin(MultibyteGenerationMixin):
+class PredictionHeadsMixin(StaticTreesMixin, MultibyteGenerationMixin):
     """Gives an in-tree causal model prediction heads and `multi_byte_generate`; comes before its class.
 
     `config.num_pred_heads` counts the model's own output layer; `config.pred_head_kind` is one of `KINDS`.
@@ -212,11 +214,7 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
 
     def _verify(self, inputs: dict[str, Any], draft_tree: Tensor | DraftTree, cache: TreeCache) -> Any:
         """The decoder over the nodes of trees."""
-        if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"Draft trees need attention with a mask: attn_implementation='sdpa' or 'eager', not "
-                f"{self.config._attn_implementation!r}."
-            )
+        self._check_attention()
         tree = draft_tree if isinstance(draft_tree, DraftTree) else DraftTree.from_mask(draft_tree)
         ids = inputs["input_ids"]
         masks = cache.masks(tree, self.dtype, ids.device)  # type: ignore[attr-defined]
@@ -232,6 +230,14 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
         )
         cache.note(ids)
         return outputs
+
+    def _check_attention(self) -> None:
+        """Refuse attention that takes no masks."""
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"Draft trees need attention with a mask: attn_implementation='sdpa' or 'eager', not "
+                f"{self.config._attn_implementation!r}."
+            )
 
     def make_drafter(self, name: str | None, batch: int, nodes: int | None = None) -> Drafter:
         """The drafter called `name`: as for EvaByte, or "subword" (completions of the current word), "self" (this model
@@ -266,13 +272,13 @@ class PredictionHeadsMixin(MultibyteGenerationMixin):
     def _trees_follow(self, attention_mask: Tensor | None) -> bool:
         return attention_mask is None or bool((attention_mask.long().diff(dim=-1) >= 0).all())
 
-    def _cache_for_trees(self, cache: Cache, attention_mask: Tensor | None) -> TreeCache:
+    def _cache_for_trees(self, cache: Cache, attention_mask: Tensor | None) -> Cache:
         if not self._trees_follow(attention_mask):
             raise ValueError("`attention_mask`: multibyte decoding needs prompts padded on the left.")
         padding = [0] * cache.layers[0].keys.shape[0]
         if attention_mask is not None:
             padding = (attention_mask == 0).sum(-1).tolist()
-        return TreeCache(cache, padding)
+        return StaticTreeCache(cache, padding) if isinstance(cache, PromptCache) else TreeCache(cache, padding)
 
     def _commit_paths(self, cache: Cache, kept: KeptPaths) -> None:
         cache.commit(kept)

@@ -70,23 +70,47 @@ class TreeRows:
         Returns:
             additive mask in `dtype`, [B, 1, T, slots].
         """
-        batch, nodes = len(self.lengths), tree.mask.shape[-1]
-        slots = torch.arange(first_slot, max(self.lengths) + self.pending + nodes, device=device)
+        slots = torch.arange(first_slot, max(self.lengths) + self.pending + tree.mask.shape[-1], device=device)
         padding = torch.tensor(self.padding, device=device)[:, None]
-        behind = slots - self.places(1, device)  # [B, slots]; 0 at the row's first new node
-        text = (slots >= padding) & (behind < 0)
-        is_node = (behind >= 0) & (behind < nodes)
-        ancestor = tree.mask.to(device).expand(batch, -1, -1)
-        place = behind.clamp(0, nodes - 1)[:, None].expand(-1, nodes, -1)
-        visible = text[:, None] | (ancestor.gather(2, place) & is_node[:, None])  # [B, T, slots]
-        if window is not None:
-            depth = tree.depth.to(device).expand(batch, -1)
-            column = torch.where(
-                is_node, self._past(device) + depth.gather(1, behind.clamp(0, nodes - 1)), slots - padding
-            )
-            visible &= self.positions(tree, device)[..., None] - column[:, None] < window
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+        ancestors, depth = tree.mask.to(device), tree.depth.to(device)
+        return slot_mask(slots, self.places(1, device), padding, ancestors, depth, dtype, window)
+
+
+def slot_mask(
+    slots: Tensor,
+    start: Tensor,
+    padding: Tensor,
+    ancestors: Tensor,
+    depth: Tensor,
+    dtype: torch.dtype,
+    window: int | None,
+) -> Tensor:
+    """What each of T new nodes sees of S slots: its row's text, its ancestors, itself.
+
+    Args:
+        slots: int64 [S], their numbers.
+        start: int64 [B, 1], the slot of each row's first new node; the others follow.
+        padding: int64 [B, 1], how many slots at the row's start are padding.
+        ancestors: bool [B or 1, T, T], see `DraftTree.mask`.
+        depth: int64 [B or 1, T], of the nodes.
+        window: None, or how many positions back a sliding layer looks, the node's own included.
+
+    Returns:
+        additive mask in `dtype`, [B, 1, T, S].
+    """
+    batch, nodes = start.shape[0], ancestors.shape[-1]
+    behind = slots - start  # [B, S]; 0 at the row's first new node
+    place = behind.clamp(0, nodes - 1)
+    is_node = behind == place
+    text = (slots >= padding) & (behind < 0)
+    drafted = ancestors.expand(batch, -1, -1).gather(2, place[:, None].expand(-1, nodes, -1))
+    visible = text[:, None] | (drafted & is_node[:, None])  # [B, T, S]
+    if window is not None:
+        position = start - padding + depth
+        column = torch.where(is_node, position.gather(1, place), slots - padding)
+        visible &= position[..., None] - column[:, None] < window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=slots.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 class TreeCacheLayer(CacheLayerMixin):
