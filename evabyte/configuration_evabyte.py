@@ -5,7 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic")
+ROPE_TYPES_OF_TRANSFORMERS = ("yarn", "llama3")  # computed by transformers, whatever the length
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", *ROPE_TYPES_OF_TRANSFORMERS)
 
 
 @strict
@@ -26,8 +27,9 @@ class EvaByteConfig(PreTrainedConfig):
         num_pred_heads (`int`, *optional*, defaults to 8):
             Number of prediction heads; head `h` at position `t` predicts the byte at `t + 1 + h`.
         rope_parameters (`dict`, *optional*):
-            `rope_type` "default", "linear" or "dynamic", `rope_theta`, and `factor` for the latter two. The older keys
-            `rope_theta` and `rope_scaling` (`{"type": ..., "factor": ...}` or null) are converted.
+            `rope_type` "default", "linear" or "dynamic" (as published), "yarn" or "llama3"; `rope_theta`, and `factor`
+            for all but the first, with transformers' further keys for the last two. The older keys `rope_theta` and
+            `rope_scaling` (`{"type": ..., "factor": ...}` or null) are converted.
         mixedp_attn (`bool`, *optional*, defaults to `True`):
             Take attention logits and softmaxes in float32 whatever the model's dtype.
         norm_add_unit_offset (`bool`, *optional*, defaults to `True`):

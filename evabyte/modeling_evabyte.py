@@ -13,12 +13,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_evabyte import EvaByteConfig
+from .configuration_evabyte import ROPE_TYPES_OF_TRANSFORMERS, EvaByteConfig
 from .eva_attention import backend_for, cached_attention, default_backend, layout_attention, summarizer
 from .eva_cache import eva_layers
 from .eva_layout import DraftTree, EvaLayout
@@ -53,7 +54,7 @@ class EvaByteRMSNorm(nn.Module):
 
 
 class EvaByteRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary embedding, without scaling, with linear or with dynamic (NTK) scaling.
+    """Cosines and sines of the rotary embedding, without scaling, with linear, dynamic (NTK), yarn or llama3 scaling.
 
     The table is a function of its input alone and built in float32, as trained: there is no buffer that a cast to
     bfloat16 could round or that a longer earlier input could have changed.
@@ -67,6 +68,7 @@ class EvaByteRotaryEmbedding(nn.Module):
         self.rope_type = rope["rope_type"]
         self.factor = float(rope.get("factor") or 1.0)
         self.max_position_embeddings = config.max_position_embeddings
+        self.config = config
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor, layout: EvaLayout) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [B or 1, N, head_dim], in the dtype and on the device of `hidden_states`.
@@ -76,17 +78,22 @@ class EvaByteRotaryEmbedding(nn.Module):
             layout: knows the length of each token's document in this call, which dynamic scaling goes by.
         """
         device = hidden_states.device
-        exponent = torch.arange(0, self.dim, 2, device=device).float() / self.dim
-        base: float | Tensor = self.base
         positions = position_ids.to(device)[..., None].float()
-        if self.rope_type == "linear":
-            positions = positions / self.factor
-        elif self.rope_type == "dynamic" and max(layout.new_lengths) > self.max_position_embeddings:
-            stretch = self.factor * layout.totals(device).float() / self.max_position_embeddings - (self.factor - 1)
-            base = (self.base * stretch.clamp(min=1.0) ** (self.dim / (self.dim - 2)))[..., None]
-        frequencies = positions * (1.0 / base**exponent)
+        amplitude = 1.0
+        if self.rope_type in ROPE_TYPES_OF_TRANSFORMERS:
+            inverse, amplitude = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, device)
+        else:
+            base: float | Tensor = self.base
+            if self.rope_type == "linear":
+                positions = positions / self.factor
+            elif self.rope_type == "dynamic" and max(layout.new_lengths) > self.max_position_embeddings:
+                stretch = self.factor * layout.totals(device).float() / self.max_position_embeddings - (self.factor - 1)
+                base = (self.base * stretch.clamp(min=1.0) ** (self.dim / (self.dim - 2)))[..., None]
+            inverse = 1.0 / base ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim)
+        frequencies = positions * inverse
         angles = torch.cat((frequencies, frequencies), dim=-1)
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_rope_scaling_round_trips(scaling, tmp_path):
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"attention_class": "mha"}, "attention_class"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
     ],
 )
