@@ -28,7 +28,7 @@ class PromptCache(DynamicCache):
 
     def __init__(self, config: Any, max_cache_len: int, tree_nodes: int) -> None:
         super().__init__(config=config)
-        self.max_cache_len, self.tree_nodes = max_cache_len, tree_nodes
+        self.sizes = (max_cache_len, tree_nodes)
 
 
 class StaticRows:
@@ -166,15 +166,14 @@ class StaticTreeCache(Cache):
     """
 
     def __init__(self, prompts: PromptCache, padding: list[int]) -> None:
-        self.max_cache_len, self.source = prompts.max_cache_len, prompts
+        self.most_tokens, self.source = prompts.sizes[0], prompts
         slots = prompts.get_seq_length()
         self.check_length(slots)
         self.rows = StaticRows([slots] * len(padding), padding, prompts.layers[0].keys.device)
-        sizes = (prompts.max_cache_len, prompts.tree_nodes)
         histories = [layer for layer in prompts.layers if type(layer) is ByteHistory]
         decoder = [layer for layer in prompts.layers if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-        self.histories = [StaticTreeHistory(history, self.rows, buffer_columns(*sizes)) for history in histories]
-        self.decoder_layers = [StaticTreeLayer(layer, self.rows, *sizes) for layer in decoder]
+        self.histories = [StaticTreeHistory(history, self.rows, buffer_columns(*prompts.sizes)) for history in histories]
+        self.decoder_layers = [StaticTreeLayer(layer, self.rows, *prompts.sizes) for layer in decoder]
         super().__init__(layers=[*self.decoder_layers, *self.histories])
 
     def masks(self, ancestors: Tensor, depth: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -190,9 +189,9 @@ class StaticTreeCache(Cache):
 
     def check_length(self, length: int) -> None:
         """Refuse a row of so many tokens if there is no room for it."""
-        if length > self.max_cache_len:
+        if length > self.most_tokens:
             raise ValueError(
-                f"The static cache has room for {self.max_cache_len} tokens a row, padding included, and {length} are "
+                f"The static cache has room for {self.most_tokens} tokens a row, padding included, and {length} are "
                 "needed: pass a larger `max_length` or `max_cache_len`."
             )
 
