@@ -1,6 +1,6 @@
 """The tests of transformers that fail on a model, each with the reason why they must."""
 
-ROPE = "it looks into `inv_freq`, a buffer that a cast would round: EvaByte's table is a function of its input and layout"
+ROPE = "it looks into `inv_freq`, a buffer a cast would round: EvaByte's table is a function of its input and layout"
 EMBEDDED = (
     "subwords are matched on ids, which `inputs_embeds` do not tell: these must hold the subword embeddings already, "
     "and the byte embeddings alone, as the test passes them, are another input"
