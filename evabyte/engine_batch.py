@@ -71,8 +71,7 @@ class RunningRows:
             logits = [self.logits, *logits]
         else:
             self.verifier = self.model._tree_verifier(caches[0], self.drafter, arrivals[0].request.config)
-            if len(caches) > 1:
-                self.verifier.append_rows(caches[1:])
+            self.verifier.append_rows(caches[1:])  # if there are none, too: what only going back needs is let go
         self.logits = torch.cat(logits)
         for arrival in arrivals:
             arrival.request.status = RUNNING
@@ -116,13 +115,15 @@ class RunningRows:
             if request.sampler is not None:
                 alike[request.sampler].append(row)
         for rows in alike.values():
+            # Most often all rows are alike, and then nothing is copied.
+            places = slice(None) if len(rows) == len(self.requests) else rows
             first = self.requests[rows[0]]
-            scores = first.process_nodes(logits[rows])
+            scores = first.process_nodes(logits[places])
             if first.config.do_sample:
                 noise = torch.stack([self.requests[row].noise(trees.max_depth + 1) for row in rows])
-                depth = trees.mask.sum(-1).sub(1).clamp(min=0).expand(trees.ids.shape)[rows]
+                depth = trees.mask.sum(-1).sub(1).clamp(min=0).expand(trees.ids.shape)[places]
                 scores = scores.softmax(-1) / noise[torch.arange(len(rows), device=noise.device)[:, None], depth]
-            chosen[rows] = scores.argmax(-1)
+            chosen[places] = scores.argmax(-1)
         return chosen
 
     def drop_ended(self) -> None:
