@@ -172,7 +172,9 @@ class StaticTreeCache(Cache):
         self.rows = StaticRows([slots] * len(padding), padding, prompts.layers[0].keys.device)
         histories = [layer for layer in prompts.layers if type(layer) is ByteHistory]
         decoder = [layer for layer in prompts.layers if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-        self.histories = [StaticTreeHistory(history, self.rows, buffer_columns(*prompts.sizes)) for history in histories]
+        self.histories = [
+            StaticTreeHistory(history, self.rows, buffer_columns(*prompts.sizes)) for history in histories
+        ]
         self.decoder_layers = [StaticTreeLayer(layer, self.rows, *prompts.sizes) for layer in decoder]
         super().__init__(layers=[*self.decoder_layers, *self.histories])
 
@@ -229,4 +231,20 @@ def buffer_columns(max_cache_len: int, tree_nodes: int) -> int:
     return -(-needed // step) * step
 
 
-__all__ = ["PromptCache", "StaticTreeCache", "buffer_columns"]
+def static_tree_cache_bytes(
+    config: Any, batch_size: int, max_cache_len: int, tree_nodes: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Memory of a `StaticTreeCache` in bytes: keys and values of every layer, and the ids for the subwords.
+
+    Args:
+        config: the model's configuration.
+        max_cache_len: most tokens of a row, padding included.
+        tree_nodes: nodes of a row's draft tree, the root included.
+    """
+    columns = buffer_columns(max_cache_len, tree_nodes)
+    states = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * columns * dtype.itemsize
+    symbols = torch.int64.itemsize * (columns + config.expand_input_ids_maxlen) if config.expand_input_ids else 0
+    return batch_size * (states + symbols)
+
+
+__all__ = ["PromptCache", "StaticTreeCache", "buffer_columns", "static_tree_cache_bytes"]

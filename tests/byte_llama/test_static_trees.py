@@ -10,7 +10,7 @@ from small_models import KINDS, fresh_model, letters
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
-from byte_llama.static_tree_cache import PromptCache, StaticTreeCache, buffer_columns
+from byte_llama.static_tree_cache import PromptCache, StaticTreeCache, buffer_columns, static_tree_cache_bytes
 from evabyte.byte_tree import DraftTrees
 from evabyte.eva_cache import KeptPaths
 from evabyte.static_decoding import model_state
@@ -164,7 +164,9 @@ def test_buffers_stay_where_they_are(kind):
         cache.count(KeptPaths([[0, 1, 2]]))
     after = [each for layer in cache.decoder_layers for each in (layer.keys, layer.values)]
     assert before == [each.data_ptr() for each in (*after, cache.rows.past, cache.histories[0].symbols)]
-    assert {each.shape[2] for each in after} == {buffer_columns(40, 5)} and cache.get_seq_length() == 18
+    assert cache.get_seq_length() == 18
+    owned = sum(each.nbytes for each in (*after, cache.histories[0].symbols))
+    assert owned == static_tree_cache_bytes(model.config, 1, 40, 5, torch.float32)
 
 
 @settings(max_examples=50)
