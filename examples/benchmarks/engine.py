@@ -2,6 +2,7 @@
 
     python examples/benchmarks/engine.py --threads 1 --save engine-cpu
     python examples/benchmarks/engine.py --device cuda --dtype bfloat16 --shape 6.5b --save engine-cuda-6.5b
+    python examples/benchmarks/engine.py --threads 1 --shape byte-llama-small --save engine-byte-llama-cpu
 
 First comes a check: in float32, every way of running must give the bytes of greedy `generate`, or nothing is timed.
 Then, for each batch size and number of drafted nodes (0: `generate`, byte by byte), the same greedy call runs
@@ -14,11 +15,15 @@ in turn. The time of a step is that of a call less that of one which writes a si
 On CUDA also: the time in which the weights and the cache can be read at the bandwidth that a large copy reaches, the
 prefill's share of what a large matrix product reaches, and peak memory beyond weights and cache.
 
-`--shape` takes random weights of a published size. The last line is one JSON object; `--save NAME` keeps it.
+`--shape` takes random weights of a published size, or of a small byte-level Llama; their drafts are worth nothing, so
+that only the time of a step says something. The last line is one JSON object; `--save NAME` keeps it.
 """
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,9 +33,10 @@ from typing import Any
 import torch
 from measure import HELDOUT, between, finish, interleave, provenance, speedup, spread, synchronize
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation import CompileConfig
 
 from byte_llama import ByteLlamaConfig, ByteLlamaForCausalLM
+from byte_llama.static_tree_cache import static_tree_cache_bytes
 from evabyte import EvaByteConfig, EvaByteForCausalLM, EvaByteTokenizer
 from evabyte.bundled import bundled_checkpoint
 from evabyte.eva_static_cache import static_cache_bytes
@@ -40,8 +46,35 @@ WAYS: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static", "disable_compile": True},
     "compiled": {"cache_implementation": "static"},
 }
+
+
+def words_of_prose() -> list[Any]:
+    """A dictionary of subwords in the published form: the words of the held-out prose, spelt in EvaByte's ids."""
+    words = sorted({word[-16:] for word in next(HELDOUT.glob("prose*")).read_bytes().split()})
+    paths = [[str(byte + 1) for byte in reversed(EvaByteTokenizer().encode_bytes(word))] for word in words]
+    return [{",".join(path): subword + 2 for subword, path in enumerate(paths)}, []]
+
+
+def small_byte_llama() -> ByteLlamaConfig:
+    """A byte-level Llama of some 5 million parameters that expands its inputs."""
+    dictionary = words_of_prose()
+    return ByteLlamaConfig(
+        vocab_size=320,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_pred_heads=8,
+        expand_input_ids=True,
+        expand_input_ids_vocab_size=len(dictionary[0]) + 2,
+        expand_input_ids_dict=dictionary,
+    )
+
+
 SHAPES: dict[str, Callable[[], Any]] = {
     "6.5b": EvaByteConfig,
+    "byte-llama-small": small_byte_llama,
     "byte-llama-3b": lambda: ByteLlamaConfig(
         vocab_size=320,
         hidden_size=3072,
@@ -87,8 +120,12 @@ def write(model: Any, ids: Tensor, nodes: int, new_bytes: int, **how: Any) -> tu
 
 
 def ways_of(model: Any) -> dict[str, dict[str, Any]]:
-    """What the model supports of `WAYS`."""
-    return WAYS if isinstance(model, EvaByteForCausalLM) else {"dynamic": {}}
+    """`WAYS`, for this model."""
+    if isinstance(model, EvaByteForCausalLM) or model.device.type != "cpu":
+        return WAYS
+    everywhere = CompileConfig(mode="default")
+    everywhere._compile_all_devices = True  # transformers' own `generate` compiles on accelerators alone, unless told
+    return {**WAYS, "compiled": {"cache_implementation": "static", "compile_config": everywhere}}
 
 
 def agreement(model: Any, ids: Tensor, nodes: int, new_bytes: int) -> dict[str, Any]:
@@ -141,13 +178,11 @@ def on_cuda(model: Any, ids: Tensor, nodes: int, row: dict[str, Any], options: a
     weights = sum(parameter.nbytes for parameter in model.parameters())
     weights -= model.get_input_embeddings().weight.nbytes  # of which a step reads single rows
     length = ids.shape[1] + options.new_bytes
-    cache = 0
-    if isinstance(model, EvaByteForCausalLM):
-        cache = static_cache_bytes(model.config, ids.shape[0], length, nodes + 1, model.dtype)
+    cache_bytes = static_cache_bytes if isinstance(model, EvaByteForCausalLM) else static_tree_cache_bytes
+    cache = cache_bytes(model.config, ids.shape[0], length, nodes + 1, model.dtype)
     bandwidth, peak = copy_bandwidth(options.device), matmul_peak(model.dtype, options.device)
-    way = "compiled" if "compiled" in row["ms_per_step"] else "dynamic"
     torch.cuda.reset_peak_memory_stats(options.device)
-    write(model, ids, nodes, options.new_bytes, **ways_of(model)[way])
+    write(model, ids, nodes, options.new_bytes, **ways_of(model)["compiled"])
     beyond = torch.cuda.max_memory_allocated(options.device) - cache
     beyond -= sum(parameter.nbytes for parameter in model.parameters())
     operations = 2 * weights / model.dtype.itemsize * ids.numel()
@@ -155,7 +190,7 @@ def on_cuda(model: Any, ids: Tensor, nodes: int, row: dict[str, Any], options: a
     return {
         "copy_bytes_per_second": bandwidth,
         "floor_ms": floor,
-        "share_of_bandwidth": floor / row["ms_per_step"][way]["median"],
+        "share_of_bandwidth": floor / row["ms_per_step"]["compiled"]["median"],
         "matmul_operations_per_second": peak,
         "prefill_share_of_matmul": operations / (row["prefill_ms"]["median"] / 1000) / peak,
         "cache_bytes": cache,
@@ -182,19 +217,28 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 8192) -> f
     return 2 * size**3 / best_seconds(lambda: left @ right, device)
 
 
-def measure_published(options: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
-    """Bytes per second of the published code, at batch size 1, with the measured model's weights."""
-    config = AutoConfig.from_pretrained(options.published, trust_remote_code=True)
-    config.update({name: getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size", "window_size")})
-    theirs = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=model.dtype).to(options.device)
-    theirs.load_state_dict(model.state_dict())
-    ids = prompts(1, options.prompt_bytes, options.device)
-    methods = {"generate": theirs.generate, "multi_byte_generate": theirs.multi_byte_generate}
-    rows = []
-    for name, method in methods.items():
-        seconds = best_seconds(partial(method, ids, max_new_tokens=options.new_bytes), options.device, options.repeats)
-        rows.append({"method": name, "bytes_per_second": options.new_bytes / seconds})
-    return rows
+def measure_published(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Milliseconds a step of the published code, at batch size 1, with the measured model's weights (published.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        task = {
+            "weights": folder,
+            "ids": prompts(1, options.prompt_bytes, options.device)[0].tolist(),
+            "new_bytes": options.new_bytes,
+            "repeats": options.repeats,
+            "device": str(options.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        command = [options.published_python, Path(__file__).with_name("published.py"), options.published]
+        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"--published: the published code failed:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    for name in ("generate", "multi_byte_generate"):
+        row = result[name]
+        steps = zip(row.pop("seconds"), row.pop("seconds_of_one_byte"), strict=True)
+        row["ms_per_step"] = spread([1000 * (total - one) / max(row["forwards"] - 1, 1) for total, one in steps])
+    return result
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -212,6 +256,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--int8", action="store_true", help="weight-only int8 (torchao)")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="a copy of the published code, to be measured")
+    parser.add_argument("--published-python", default=sys.executable, help="of an environment with transformers 4.47")
     parser.add_argument("--save", metavar="NAME", help="keep the result as results/NAME.json")
     options = parser.parse_args(arguments)
     if options.new_bytes < 2:
@@ -226,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"benchmark": "engine", "provenance": provenance("engine.py", arguments, options.device)}
     result["settings"] = {
-        name: value for name, value in vars(options).items() if name not in ("model", "published", "save")
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("model", "published", "published_python", "save")
     }
     model = load(options)
     result["model"] = {
