@@ -56,7 +56,7 @@ def words_of_prose() -> list[Any]:
 
 
 def small_byte_llama() -> ByteLlamaConfig:
-    """A byte-level Llama of some 5 million parameters that expands its inputs."""
+    """A byte-level Llama of some 6 million parameters that expands its inputs."""
     dictionary = words_of_prose()
     return ByteLlamaConfig(
         vocab_size=320,
