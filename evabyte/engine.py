@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -188,7 +189,8 @@ class ByteEngine:
                 if left is not None and left <= 0:
                     raise TimeoutError(f"The request has not ended after {timeout} seconds.")
                 if self._driver is None:
-                    self._drive()
+                    with suppress(Exception):  # the requests that it ended have it
+                        self._drive()
                 else:
                     self._changed.wait(left)
 
@@ -229,12 +231,14 @@ class ByteEngine:
     @torch.no_grad()
     def _step(self) -> None:
         self._drop_cancelled()
+        arrivals: list[Prefill] = []
         try:
-            self._running.join(self._read_prompts())
+            self._read_prompts(arrivals)
+            self._running.join(arrivals)
             if self._running.requests:
                 self._running.step()
         except BaseException as error:  # the rows may stand anywhere now
-            for request in self._running.requests:
+            for request in [*self._running.requests, *(arrival.request for arrival in arrivals)]:
                 request.fail(error)
             self._running.drop_ended()
             raise
@@ -253,29 +257,31 @@ class ByteEngine:
             self._reading = None
         self._running.drop_ended()
 
-    def _read_prompts(self) -> list[Prefill]:
-        """Read as many ids of prompts as a step may; -> those that are read and go on."""
+    def _read_prompts(self, complete: list[Prefill]) -> None:
+        """Read as many ids of prompts as a step may; those that are read and go on are added to `complete`."""
         budget = self.prefill_chunk_size
-        complete: list[Prefill] = []
         while budget > 0:
             if self._reading is None:
                 with self._changed:
                     if not self._waiting or len(self._running.requests) + len(complete) >= self.max_batch_size:
-                        break
+                        return
                     self._reading = Prefill(self.model, self._waiting.popleft())
             reading = self._reading
             try:
                 budget -= reading.advance(budget)
                 if not reading.complete:
-                    break
+                    return
                 reading.request.take_first(reading.logits[0, 0, 0])
-            except Exception as error:  # of this prompt alone: the running rows have not been touched
+            except BaseException as error:  # of this prompt alone: the running rows have not been touched
+                self._reading = None
                 reading.request.fail(error)
+                if not isinstance(error, Exception):
+                    raise
+                continue
             self._reading = None
             reading.request.deliver()
             if not reading.request.ended:
                 complete.append(reading)
-        return complete
 
 
 __all__ = ["ByteEngine", "Request"]

@@ -446,6 +446,10 @@ def test_a_request_that_fails_takes_no_other_down(why, options, bytes_before):
         assert request.result().tolist() == alone("EvaByte", 9, seed, max_new_tokens=20, **GREEDY)
 
 
+def no_memory(*args, **kwargs):
+    raise MemoryError("none left")
+
+
 def test_a_model_that_fails(monkeypatch):
     model = tiny.fresh_model()
     engine = ByteEngine(model, max_length=100)
@@ -453,10 +457,7 @@ def test_a_model_that_fails(monkeypatch):
     engine.step()
     working = model.forward
 
-    def broken(*args, **kwargs):
-        raise MemoryError("none left")
-
-    monkeypatch.setattr(model, "forward", broken)
+    monkeypatch.setattr(model, "forward", no_memory)
     reading = engine.submit(random_ids(9), max_new_tokens=20, **GREEDY)
     with pytest.raises(MemoryError):
         engine.step()
@@ -467,6 +468,42 @@ def test_a_model_that_fails(monkeypatch):
     for request in (running, reading):
         with pytest.raises(MemoryError):
             request.result()
+
+
+def test_a_batch_that_cannot_take_rows_in(monkeypatch):
+    model = tiny.fresh_model()
+    engine = ByteEngine(model, max_length=100)
+    arriving = engine.submit(random_ids(9), max_new_tokens=20, **GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_append_rows", no_memory)
+        with pytest.raises(MemoryError):
+            arriving.result()
+    assert arriving.status == "failed" and not engine.pending
+    again = engine.submit(random_ids(9), max_new_tokens=20, **GREEDY)
+    assert again.result().tolist() == alone("EvaByte", 9, 0, max_new_tokens=20, **GREEDY)
+
+
+@pytest.mark.parametrize("name", ["byte Llama", "byte Gemma 2"])
+def test_the_only_row_fails(name):
+    engine = new_engine(name)
+    failing = engine.submit(
+        ids_for(name, 11), max_new_tokens=20, logits_processor=LogitsProcessorList([Failing()]), **GREEDY
+    )
+    with pytest.raises(ArithmeticError):
+        failing.result()
+    request = engine.submit(ids_for(name, 9), max_new_tokens=20, **GREEDY)
+    assert request.result().tolist() == alone(name, 9, 0, max_new_tokens=20, **GREEDY)
+
+
+@pytest.mark.parametrize("draft", ["self", "subword", "lookup"])
+def test_drafts_of_byte_llama(draft):
+    model = small_models.fresh_model("llama", vocab_size=40)  # has the space, and no heads beyond its own
+    model.skip_layers([1])
+    engine = ByteEngine(model, max_batch_size=2, draft=draft)
+    ids = [small_models.letters(n, seed=n) for n in (9, 30, 4)]
+    requests = [engine.submit(each, max_new_tokens=15, **GREEDY) for each in ids]
+    for each, request in zip(ids, requests, strict=True):
+        assert request.result().equal(model.generate(each[None], max_new_tokens=15, **GREEDY)[0])
 
 
 def test_closing():
