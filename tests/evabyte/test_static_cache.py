@@ -181,6 +181,7 @@ def graphs():
 
 
 @pytest.mark.compatibility("Static cache, torch.compile", "EvaByte")
+@pytest.mark.compatibility("multi_byte_generate on a static cache, one compiled step", "EvaByte")
 def test_one_graph_serves_all_steps():
     """Prompts of other lengths, window borders, rows that end, sampling: no step is compiled again."""
     model = fresh_model(num_hidden_layers=1)
