@@ -495,6 +495,35 @@ def test_the_only_row_fails(name):
     assert request.result().tolist() == alone(name, 9, 0, max_new_tokens=20, **GREEDY)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_drafts_are_as_good_as_alone(do_sample):
+    """Each forward brings a request as many bytes as it brings it alone, whoever came or left."""
+    model, options = model_named("byte Llama"), {"do_sample": do_sample, "eos_token_id": None}
+    engine = new_engine("byte Llama", max_batch_size=3, draft="tree31")
+    pieces, lengths = [[] for _ in range(5)], [9, 30, 4, 17, 12]
+    for n, length in enumerate(lengths):
+        ids = small_models.letters(length, seed=n)
+        engine.submit(ids, max_new_tokens=20 + 5 * n, seed=n, on_bytes=pieces[n].append, **options)
+    engine.run()
+    for n, length in enumerate(lengths):
+        torch.manual_seed(n)
+        ids, how = small_models.letters(1, length, seed=n), {"max_new_tokens": 20 + 5 * n, **options}
+        _, counts = model.multi_byte_generate(ids, draft="tree31", return_acc_lengths=True, **how)
+        expected = counts[0].tolist()
+        assert max(expected) > 1
+        assert [len(piece) for piece in pieces[n]] == expected
+
+
+def test_byte_llama_with_eva_layers():
+    sizes = {"num_hidden_layers": 3, "eva_layers": [0, 2], "eva_window_size": 8, "eva_chunk_size": 4}
+    model = small_models.fresh_model("llama", num_pred_heads=3, **sizes)
+    engine = ByteEngine(model, max_batch_size=2, prefill_chunk_size=11)
+    ids = [small_models.letters(n, seed=n) for n in (9, 30, 8, 15)]
+    requests = [engine.submit(each, max_new_tokens=12 + n, **GREEDY) for n, each in enumerate(ids)]
+    for n, (each, request) in enumerate(zip(ids, requests, strict=True)):
+        assert request.result().equal(model.generate(each[None], max_new_tokens=12 + n, **GREEDY)[0])
+
+
 @pytest.mark.parametrize("draft", ["self", "subword", "lookup"])
 def test_drafts_of_byte_llama(draft):
     model = small_models.fresh_model("llama", vocab_size=40)  # has the space, and no heads beyond its own
