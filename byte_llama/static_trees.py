@@ -3,6 +3,7 @@
 Prompts are read into a dynamic cache, uncompiled, since they differ in length, and then moved to buffers of fixed size.
 """
 
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -92,9 +93,12 @@ class StaticTreesMixin:
         return self.predict(hidden).float(), parents  # type: ignore[attr-defined]
 
     def _tree_verifier(self, cache: Cache, drafter: Drafter, generation_config: GenerationConfig) -> TreeVerifier:
-        if isinstance(cache, StaticTreeCache):
-            return StaticTreeVerifier(self, cache, drafter, generation_config)
-        return TreeVerifier(self, cache, drafter)
+        if not isinstance(cache, StaticTreeCache):
+            return TreeVerifier(self, cache, drafter)
+        if self.model.rotary_emb.rope_type in ("dynamic", "longrope"):  # which look at the positions' values
+            generation_config = copy(generation_config)
+            generation_config.disable_compile = True
+        return StaticTreeVerifier(self, cache, drafter, generation_config)
 
 
 __all__ = ["StaticTreeVerifier", "StaticTreesMixin"]

@@ -243,6 +243,13 @@ def test_one_graph_serves_all_steps(kind):
     assert graphs() == before + 1
 
 
+def test_rotary_embeddings_that_look_at_positions_are_not_compiled():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model, ids, before = with_heads("llama", rope_parameters=rope), letters(2, 11), graphs()
+    static = model.multi_byte_generate(ids, **GRAPH, **greedy(20))
+    assert torch.equal(static, model.generate(ids, **greedy(20))) and graphs() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("draft", ["chain", "dynamic", "lookup", "dynamic+lookup"])
