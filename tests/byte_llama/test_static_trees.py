@@ -259,3 +259,16 @@ def test_compiled_by_inductor(kind, draft):
     for how in (greedy(40, attention_mask=mask), greedy(20, attention_mask=mask, repetition_penalty=1.2)):
         static = model.multi_byte_generate(ids, draft=draft, cache_implementation="static", **how)
         assert torch.equal(static, model.generate(ids, **how))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("draft", ["chain", "dynamic", "lookup"])
+def test_cuda_graphs_write_the_same_bytes(kind, draft):
+    model = with_heads(kind).cuda()
+    ids, mask = (each.cuda() for each in padded([14, 20, 5]))
+    for count in (40, 100):  # the second in larger buffers, elsewhere
+        how = greedy(count, attention_mask=mask)
+        static = model.multi_byte_generate(ids, draft=draft, cache_implementation="static", **how)
+        assert torch.equal(static, model.generate(ids, **how))

@@ -97,6 +97,18 @@ def test_multibyte_equals_generate(draft):
     assert torch.equal(model.multi_byte_generate(ids[:1], draft=draft, **one), expected)
 
 
+@pytest.mark.parametrize("draft", [None, "chain", "dynamic", "lookup"])
+def test_cuda_graphs_write_the_same_bytes(draft):
+    golden = load_golden("multibyte_w256_c8")
+    model = golden.model().cuda()
+    ids, mask = (t.cuda() for t in pad_left([golden["in.p240.prompt"][0], golden["in.p3.prompt"][0]]))
+    for count in (60, 300):  # the second in larger buffers, elsewhere
+        how = {"attention_mask": mask, "max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+        static = {"cache_implementation": "static", **how}
+        written = model.multi_byte_generate(ids, draft=draft, **static) if draft else model.generate(ids, **static)
+        assert torch.equal(written, model.generate(ids, **how))
+
+
 def test_one_synchronisation_a_step():
     """Drafting, verifying and committing wait for the device once."""
     golden = load_golden("multibyte_w256_c8")
