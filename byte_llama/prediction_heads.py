@@ -228,7 +228,8 @@ class PredictionHeadsMixin(StaticTreesMixin, MultibyteGenerationMixin):
             position_ids=cache.rows.positions(tree, ids.device),
             past_key_values=cache,
         )
-        cache.note(ids)
+        if self.config.expand_input_ids:
+            cache.note(self.model.subword_expansion.as_symbols(ids))
         return outputs
 
     def _check_attention(self) -> None:

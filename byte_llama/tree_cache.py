@@ -306,10 +306,10 @@ class TreeCache(Cache):
         layer = self.eva_layers[0]
         return EvaLayout.for_tree(tree, window_size=layer.window_size, chunk_size=layer.chunk_size, past=layer.lengths)
 
-    def note(self, ids: Tensor) -> None:
-        """Remember the ids [B, T] of the nodes just written, for the expansion of what follows them."""
+    def note(self, symbols: Tensor) -> None:
+        """Remember the symbols [B, T] of the nodes just written, for the expansion of what follows them."""
         for history in self.histories:
-            history.written = ids + 1  # as symbols, see `subword_expansion.py`
+            history.written = symbols
 
     def keep_pending(self, count: int) -> None:
         """Let the next call's nodes follow the `count` just written, which are a chain, without committing them.
