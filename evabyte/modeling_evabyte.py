@@ -470,7 +470,7 @@ class EvaByteForCausalLM(
         raise NotImplementedError(
             "Continuous batching (`generate_batch`): its paged cache holds full and sliding attention only, and EVA "
             "attention keeps summaries of chunks. Use `generate` or `multi_byte_generate` with a padded batch and an "
-            "`attention_mask`."
+            "`attention_mask`, or `evabyte.engine.ByteEngine`, in which requests join and leave."
         )
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, input_shape: torch.Size) -> None:

@@ -117,7 +117,13 @@ def test_stops_at_the_end_of_the_text():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("llama", marks=pytest.mark.compatibility("Static cache, torch.compile", "byte Llama")),
+        pytest.param("gemma2", marks=pytest.mark.compatibility("Static cache, torch.compile", "byte Gemma 2")),
+    ],
+)
 def test_compiled_decoding_on_a_static_cache(kind):
     model = fresh_model(kind)
     ids, mask = pad_left([letters(14), letters(9, seed=1)])
