@@ -454,9 +454,10 @@ class EvaByteForCausalLM(
     def predict(self, hidden_states: Tensor, all_heads: bool = True) -> Tensor:
         """Logits [..., num_pred_heads, vocab_size] of hidden states [..., hidden_size]; of head 0 [..., vocab_size]."""
         weight = self.lm_head.weight
-        if not all_heads and type(self.lm_head) is nn.Linear and type(weight) is nn.Parameter:
+        hooked = hasattr(self.lm_head, "_hf_hook")  # accelerate's, of a layer on another device or offloaded
+        if not all_heads and type(self.lm_head) is nn.Linear and type(weight) is nn.Parameter and not hooked:
             logits = nn.functional.linear(hidden_states, weight[: self.vocab_size])
-        else:  # wrapped (LoRA), sharded or quantised: only the module knows how
+        else:  # wrapped (LoRA), sharded, quantised or elsewhere: only the module knows how
             logits = self.lm_head(hidden_states).unflatten(-1, (-1, self.vocab_size))
             logits = logits if all_heads else logits[..., 0, :]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) if self.config.fp32_logits else logits

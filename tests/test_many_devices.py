@@ -73,17 +73,28 @@ def test_sharded(name, folder):
     assert two["held"] < 0.6 * one["held"]
 
 
-@every_model("`device_map` with layers offloaded to disk")
-def test_offload_to_disk(name, folder, tmp_path):
+def assert_offloaded_alike(folder: str, scratch: Path, **how) -> None:
+    """A model partly on disk computes and decodes what it does in memory."""
     whole = AutoModelForCausalLM.from_pretrained(folder)
-    parts = {f"model.{part}": "cpu" for part, _ in whole.model.named_children() if part != "layers"}
-    parts |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
-    spread = AutoModelForCausalLM.from_pretrained(folder, device_map=parts, offload_folder=tmp_path / "offload")
-    assert next(spread.model.layers[1].parameters()).is_meta
-    ids = torch.load(f"{folder}/ids.pt")
+    spread = AutoModelForCausalLM.from_pretrained(folder, offload_folder=scratch, **how)
+    assert "disk" in spread.hf_device_map.values() and next(spread.model.layers[2].parameters()).is_meta
+    ids, greedy = torch.load(f"{folder}/ids.pt"), device_process.GREEDY
     with torch.no_grad():
         torch.testing.assert_close(spread(ids).logits, whole(ids).logits)
-    assert torch.equal(spread.generate(ids, **device_process.GREEDY), whole.generate(ids, **device_process.GREEDY))
-    assert torch.equal(
-        spread.multi_byte_generate(ids, **device_process.GREEDY), whole.generate(ids, **device_process.GREEDY)
-    )
+    assert torch.equal(spread.generate(ids, **greedy), whole.generate(ids, **greedy))
+    assert torch.equal(spread.multi_byte_generate(ids, **greedy), whole.generate(ids, **greedy))
+
+
+@every_model("`device_map` with layers offloaded to disk")
+def test_offload_to_disk(name, folder, tmp_path):
+    parts = {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    parts |= {part: "cpu" for part, _ in model.named_children() if part not in ("lm_head", "model")}
+    parts |= {f"model.{part}": "cpu" for part, _ in model.model.named_children() if part != "layers"}
+    assert_offloaded_alike(folder, tmp_path / "offload", device_map=parts)
+
+
+@every_model('`device_map="auto"` in too little memory')
+def test_automatic_offload(name, folder, tmp_path):
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    assert_offloaded_alike(folder, tmp_path / "offload", device_map="auto", max_memory={"cpu": size // 2})
