@@ -4,8 +4,8 @@ A test marked `compatibility(feature, model)` is the proof of one cell. It "work
 `refused=MESSAGE` the test shows that the feature is refused with this message, with `impossible=REASON` that it cannot
 be. Both releases of transformers are run, then the table is written:
 
-    python3 run.py test -m compatibility --compatibility docs/compatibility
-    python3 run.py test -m compatibility --compatibility docs/compatibility --transformers 5.17.0
+    python3 run.py test -m compatibility --compatibility=docs/compatibility
+    python3 run.py test -m compatibility --compatibility=docs/compatibility --transformers 5.17.0
     python3 run.py python tests/compatibility.py
 """
 
@@ -94,7 +94,7 @@ def render(records: list[dict]) -> str:
     lines = [HEAD, f"| feature | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
     for feature in sorted(outcomes, key=str.casefold):
         cells = [_in_words(outcomes[feature].get(model, {}), releases) for model in MODELS]
-        lines.append(f"| {feature} | {' | '.join(cells)} |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (feature, *cells)) + " |")
     tests = sum(len(record["cells"]) for record in records)
     lines += ["", f"{tests} outcomes of tests, with:", ""]
     lines += ["- " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()) for record in records]
